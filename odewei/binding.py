@@ -1,0 +1,257 @@
+"""Puts a unit's tensors into modules and takes them out again, by swapping a module's parameter dictionary.
+
+A streamed module has two: *bound*, an ordinary one with the real parameters, and *unbound*, whose lookup of one name loads the
+weight like any other access, while iterating it yields placeholders and loads nothing. Attribute access always hands out a
+real tensor, because torch leaves its fast paths when it sees a subclass. The bound one is in place when all units that the
+module draws from are resident.
+
+The driver's thread swaps; forward threads only look. Whatever they find is right: the real tensor, kept alive by their
+reference, or a load. Modules are held weakly, so that nothing here keeps a model alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from odewei.placeholder import Placeholder
+from odewei.survey import Weight
+
+__all__ = ["Binder", "ModuleBinding"]
+
+Loader = Callable[[int, str], nn.Parameter]
+Parameters = dict[str, nn.Parameter | None]
+
+
+class _Streamed(dict[str, Any]):
+    """Either dictionary of a module. What the user stores in it becomes the user's own, in both."""
+
+    __slots__ = ("_binding",)
+
+    def __init__(self, items: Mapping[str, Any], binding: ModuleBinding) -> None:
+        super().__init__(items)
+        self._binding = binding
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._binding.adopt(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._binding.disown(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        if name not in self:
+            return super().pop(name, *default)
+        value = self[name]
+        del self[name]
+        return value
+
+    def __reduce__(self) -> Any:
+        return (dict, (dict(self),))
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+
+class BoundParameters(_Streamed):
+    """All parameters are real."""
+
+
+class UnboundParameters(_Streamed):
+    """Looking a streamed name up loads it; iterating yields placeholders."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self._binding.look_up(name, super().__getitem__(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+
+class ModuleBinding:
+    """One module that has streamed weights. ``sources`` maps its parameter names to (unit, weight name)."""
+
+    def __init__(self, module: nn.Module, sources: Mapping[str, tuple[int, str]], load: Loader) -> None:
+        self._module = weakref.ref(module)
+        self._sources = dict(sources)
+        self._load = load
+        self._real: dict[str, nn.Parameter] = {}
+        self._flat_names = _flat_names(module)
+        self._unbound = UnboundParameters(module._parameters, self)
+
+    def install(self, placeholders: Mapping[str, Placeholder]) -> None:
+        """Take the module's parameters over; nothing is bound yet."""
+        for local_name, (_, name) in self._sources.items():
+            dict.__setitem__(self._unbound, local_name, placeholders[name])
+        self._put(self._unbound)
+
+    def bind(self, local_name: str, parameter: nn.Parameter) -> None:
+        """One weight is here."""
+        if local_name in self._sources:
+            self._real[local_name] = parameter
+            if len(self._real) == len(self._sources):
+                items = {name: self._real.get(name, kept) for name, kept in dict.items(self._unbound)}
+                self._put(BoundParameters(items, self))
+
+    def unbind(self, local_name: str) -> None:
+        """One weight leaves."""
+        if self._real.pop(local_name, None) is not None:
+            self._put(self._unbound)
+
+    def replace_placeholder(self, local_name: str, placeholder: Placeholder) -> None:
+        """The weight turned out to have another dtype."""
+        if local_name in self._sources:
+            dict.__setitem__(self._unbound, local_name, placeholder)
+
+    def look_up(self, local_name: str, kept: Any) -> Any:
+        """The real parameter, loaded if need be; ``kept`` for what is not streamed. Any thread."""
+        source = self._sources.get(local_name)
+        if source is None:
+            return kept
+        real = self._real.get(local_name)
+        return self._load(*source) if real is None else real
+
+    def adopt(self, local_name: str, value: Any) -> None:
+        """The user has stored a parameter: from now on it is the module's own and not streamed."""
+        self._sources.pop(local_name, None)
+        self._real.pop(local_name, None)
+        dict.__setitem__(self._unbound, local_name, value)
+
+    def disown(self, local_name: str) -> None:
+        """The user has deleted a parameter."""
+        self._sources.pop(local_name, None)
+        self._real.pop(local_name, None)
+        dict.pop(self._unbound, local_name, None)
+
+    def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give the module an ordinary dictionary with these parameters, for good."""
+        module = self._module()
+        if module is not None:
+            items = {
+                local: parameters[self._sources[local][1]] if local in self._sources else kept
+                for local, kept in dict.items(self._unbound)
+            }
+            module.__dict__["_parameters"] = items
+            self._follow(module, items)
+
+    def _put(self, parameters: _Streamed) -> None:
+        module = self._module()
+        if module is not None:
+            module.__dict__["_parameters"] = parameters
+            self._follow(module, parameters)
+
+    def _follow(self, module: nn.Module, parameters: Mapping[str, Any]) -> None:
+        """Recurrent modules keep a second list of their weights."""
+        if self._flat_names:
+            flat = [dict.get(parameters, name) for name in self._flat_names]  # type: ignore[arg-type]
+            module.__dict__["_flat_weights"] = flat
+
+
+class Binder:
+    """All module bindings of a model, and the tensors of its resident units. The scheduler's client.
+
+    ``publish`` and ``retract`` are called by the driver only; everything else by any thread.
+    """
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[Sequence[Weight]], infos: Mapping[str, tuple[torch.dtype, Any]]
+    ) -> None:
+        """``units[i]`` are the weights of unit i; ``infos`` gives each one's dtype when bound, and its stride."""
+        self._access: Callable[[int], None] | None = None
+        self._release: Callable[[int], None] | None = None
+        self._units = [{weight.name: weight.uses for weight in unit} for unit in units]
+        self._tensors: list[dict[str, nn.Parameter] | None] = [None] * len(units)
+        self._requires_grad = {weight.name: weight.parameter.requires_grad for unit in units for weight in unit}
+        self._placeholders: dict[str, Placeholder] = {}
+        sources: dict[str, dict[str, tuple[int, str]]] = {}
+        for index, unit in enumerate(units):
+            for weight in unit:
+                dtype, stride = infos[weight.name]
+                self._placeholders[weight.name] = self._placeholder(index, weight.name, weight.shape, dtype, stride)
+                for use in weight.uses:
+                    sources.setdefault(use.module, {})[use.local_name] = (index, weight.name)
+        modules = dict(model.named_modules())
+        self._bindings = {
+            name: ModuleBinding(modules[name], found, self._load) for name, found in sources.items()
+        }
+        for binding in self._bindings.values():
+            binding.install(self._placeholders)
+
+    def connect(self, access: Callable[[int], None], release: Callable[[int], None]) -> None:
+        """``access`` returns when a unit is resident and leased by this thread; ``release`` returns the lease."""
+        self._access, self._release = access, release
+
+    def publish(self, unit: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+        self._tensors[unit] = parameters
+        for name, parameter in parameters.items():
+            for binding, local_name in self._places(unit, name):
+                if parameter.dtype != self._placeholders[name].dtype:
+                    made = self._placeholder(unit, name, tuple(parameter.shape), parameter.dtype, None)
+                    binding.replace_placeholder(local_name, made)
+                binding.bind(local_name, parameter)
+
+    def retract(self, unit: int) -> None:
+        for name in self._units[unit]:
+            for binding, local_name in self._places(unit, name):
+                binding.unbind(local_name)
+        self._tensors[unit] = None
+
+    def was_written(self, unit: int) -> bool:
+        """Whether somebody has changed a weight of a resident unit in place."""
+        tensors = self._tensors[unit]
+        return tensors is not None and any(parameter._version for parameter in tensors.values())
+
+    def hold(self, unit: int) -> dict[str, nn.Parameter]:
+        """The parameters of a unit, loaded if need be; the caller's references keep them."""
+        return {name: self._load(unit, name) for name in self._units[unit]}
+
+    def clear(self) -> None:
+        """Let go of all units, after the driver has stopped."""
+        for unit in range(len(self._units)):
+            self.retract(unit)
+
+    def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give every module ordinary parameters, with the ``requires_grad`` they were built with."""
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(self._requires_grad[name] and parameter.is_floating_point())
+        for binding in self._bindings.values():
+            binding.restore(parameters)
+
+    def _places(self, unit: int, name: str) -> Iterable[tuple[ModuleBinding, str]]:
+        return ((self._bindings[use.module], use.local_name) for use in self._units[unit][name])
+
+    def _placeholder(
+        self, unit: int, name: str, shape: tuple[int, ...], dtype: torch.dtype, stride: Any
+    ) -> Placeholder:
+        load = weakref.WeakMethod(self._load)
+
+        def fetch() -> torch.Tensor:
+            method = load()
+            if method is None:
+                raise ReferenceError(f"the model of weight {name!r} is gone")
+            return method(unit, name)
+
+        return Placeholder.make(name, shape, dtype, stride, fetch)
+
+    def _load(self, unit: int, name: str) -> nn.Parameter:
+        """An access outside of the hooks: wait for the unit, hand out the real parameter; the reference keeps it."""
+        assert self._access is not None and self._release is not None, "an access before the model was ready"
+        self._access(unit)
+        try:
+            tensors = self._tensors[unit]
+            assert tensors is not None, "a leased unit has no tensors"
+            return tensors[name]
+        finally:
+            self._release(unit)
+
+
+def _flat_names(module: nn.Module) -> list[str] | None:
+    return list(module._flat_weights_names) if isinstance(module, nn.RNNBase) else None
+
+

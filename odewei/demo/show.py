@@ -1,0 +1,134 @@
+"""The demonstration on a terminal: runs the parts, prints their results. The only module here that knows rich."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from odewei.demo.real_size import ModeFigures, RealSizeResult, RealSizeSettings, run_real_size
+from odewei.demo.real_weights import RealWeightsResult, run_real_weights
+from odewei.demo.synthetic import LlamaShape, write_llama_checkpoint
+from odewei.scheduler.budget import format_nbytes
+
+__all__ = ["DemoSettings", "run_demo"]
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """What the user asked for. ``budget_bytes`` None is a quarter of the weights; ``only`` None is both parts."""
+
+    cache_dir: Path
+    size_bytes: int
+    budget_bytes: int | None
+    io: Literal["auto", "direct", "buffered"]
+    tokens: int
+    passes: int
+    only: Literal["real-weights", "real-size"] | None
+
+
+def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
+    """Run and print. True when everything that was compared had equal bits. Raises OdeweiError."""
+    console = console or Console(highlight=False)
+    equal = True
+    if settings.only != "real-size":
+        equal &= _run_real_weights(console)
+    if settings.only != "real-weights":
+        equal &= _run_real_size(console, settings)
+    return equal
+
+
+def _run_real_weights(console: Console) -> bool:
+    console.rule("Real weights")
+    with console.status("embedding sentences, streamed and resident"):
+        result = run_real_weights()
+    _print_real_weights(console, result)
+    return result.equal
+
+
+def _print_real_weights(console: Console, result: RealWeightsResult) -> None:
+    console.print(
+        f"A sentence-embedding model of {format_nbytes(result.weights_bytes)} under a budget of "
+        f"{format_nbytes(result.budget_bytes)}; at most {format_nbytes(result.peak_bytes)} were used.\n"
+    )
+    table = Table("", *(str(number) for number in range(1, len(result.sentences) + 1)), title="cosine similarity")
+    for number, (sentence, row) in enumerate(zip(result.sentences, result.similarities, strict=True), 1):
+        table.add_row(f"{number} {sentence}", *(f"{value:.2f}" for value in row))
+    console.print(table)
+    _print_verdict(console, result.equal, "embeddings")
+
+
+def _run_real_size(console: Console, settings: DemoSettings) -> bool:
+    console.rule("A real size")
+    shape = LlamaShape.near(settings.size_bytes)
+    folder = settings.cache_dir / f"{shape.name}-bf16"
+    with _writing(console, shape.nbytes()) as progress:
+        written = write_llama_checkpoint(folder, shape, progress=progress)
+    size = format_nbytes(shape.nbytes())
+    console.print(f"{'wrote' if written else 'found'} a checkpoint of {size}: {folder}", soft_wrap=True)
+    run = RealSizeSettings(
+        folder=folder,
+        shape=shape,
+        budget_bytes=shape.nbytes() // 4 if settings.budget_bytes is None else settings.budget_bytes,
+        io=settings.io,
+        tokens=settings.tokens,
+        passes=settings.passes,
+    )
+    with console.status("starting") as status:
+        result = run_real_size(run, announce=lambda mode: status.update(f"running {mode}"))
+    _print_real_size(console, result)
+    return result.equal
+
+
+@contextmanager
+def _writing(console: Console, nbytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar that is there only if something is written, moved by the function that is given."""
+    columns = (TextColumn("writing a checkpoint"), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=nbytes)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _print_real_size(console: Console, result: RealSizeResult) -> None:
+    run = result.settings
+    console.print(
+        f"{run.shape.layers} layers, {run.tokens} tokens a pass, {format_nbytes(result.weights_bytes)} of weights "
+        f"under a budget of {format_nbytes(run.budget_bytes)}; io={run.io}\n"
+    )
+    table = Table(title=f"the first pass, then the median of {run.passes}", caption="first s: building included")
+    table.add_column("", no_wrap=True)
+    for heading in ("first s", "s/pass", "GB read/pass", "peak weights", "same bits"):
+        table.add_column(heading, justify="right")
+    for figures in result.modes:
+        table.add_row(*_cells(figures))
+    console.print(table)
+    if result.resident_skipped is not None:
+        console.print(f"The resident model was left out: {result.resident_skipped}.")
+    else:
+        _print_verdict(console, result.equal, "logits")
+    console.print(result.report, markup=False, soft_wrap=True)
+
+
+def _cells(figures: ModeFigures) -> tuple[str, ...]:
+    equal = {True: "yes", False: "NO", None: "not compared"}[figures.equal]
+    return (
+        figures.mode,
+        f"{figures.first_seconds:.2f}",
+        f"{figures.median_seconds:.3f}",
+        f"{figures.read_bytes / 1e9:.2f}",
+        format_nbytes(figures.peak_bytes),
+        equal,
+    )
+
+
+def _print_verdict(console: Console, equal: bool, what: str) -> None:
+    if equal:
+        console.print(f"[green]The {what} of the streamed and the resident model are equal bit for bit.[/green]\n")
+    else:
+        console.print(f"[bold red]The {what} of the streamed and the resident model DIFFER.[/bold red]\n")

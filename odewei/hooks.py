@@ -1,0 +1,75 @@
+"""Enter and leave: a module that units hang on takes their leases before its forward and returns them after.
+
+The hooks sit on the module at the root of a unit, not on every module that owns a weight: weights used without that
+module's forward load on access anyway (see ``binding``). They are registered with ``always_call=True``, so that an exception
+returns the leases; what a ``KeyboardInterrupt`` leaves behind is returned later, because each lease knows its frame.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from odewei.scheduler.drivers import Driver
+
+__all__ = ["hook_pass", "hook_unit"]
+
+
+class _Pair(Protocol):
+    def before(self, module: nn.Module, args: Any) -> None: ...
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None: ...
+
+
+class _UnitHooks:
+    """``units`` are entered in order and left in reverse."""
+
+    def __init__(self, units: Sequence[int], driver: Driver) -> None:
+        self._units = tuple(units)
+        self._driver = driver
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        frame = sys._getframe(1)  # the call of the module, which ends with its forward
+        for entered, unit in enumerate(self._units):
+            try:
+                self._driver.enter(unit, frame)
+            except BaseException:
+                for earlier in self._units[:entered]:
+                    self._driver.leave(earlier)
+                raise
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        for unit in reversed(self._units):
+            self._driver.leave(unit)
+
+
+class _PassHooks:
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        self._driver.ledger.enter_pass(sys._getframe(1))
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._driver.ledger.leave_pass()
+
+
+def hook_unit(module: nn.Module, units: Sequence[int], driver: Driver) -> list[RemovableHandle]:
+    """Have ``module`` lease ``units`` while its forward runs."""
+    return _register(module, _UnitHooks(units, driver))
+
+
+def hook_pass(model: nn.Module, driver: Driver) -> list[RemovableHandle]:
+    """Have the scheduler know when a thread is inside the model. To be called after all ``hook_unit``."""
+    return _register(model, _PassHooks(driver))
+
+
+def _register(module: nn.Module, pair: _Pair) -> list[RemovableHandle]:
+    return [
+        module.register_forward_pre_hook(pair.before, prepend=True),
+        module.register_forward_hook(pair.after, always_call=True),
+    ]

@@ -1,0 +1,167 @@
+"""What a checkpoint says about itself: the seam between files and everything else.
+
+Knows files, offsets, dtypes. Knows nothing of modules, streams, threads or asyncio. A loader answers two questions:
+where are the bytes of these weights (:meth:`WeightsLoader.locate`), and, for weights that are not in a file as they
+are, put them here (:meth:`WeightsLoader.read_into`).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from odewei.errors import CheckpointError, CheckpointNotFoundError, OptionsError, WeightReadError
+
+__all__ = ["CheckpointFile", "Span", "WeightInfo", "WeightsLoader"]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFile:
+    """A file as it was when its header was read, so that a change under a running model is noticed.
+
+    ``size`` is in bytes, ``mtime_ns`` in nanoseconds since the epoch.
+    """
+
+    path: Path
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def stat(cls, path: Path) -> CheckpointFile:
+        """The file at ``path`` as it is now; nothing is opened.
+
+        Raises CheckpointNotFoundError if there is none, CheckpointError for what is not a regular file: to open a
+        pipe or a device can block or have effects.
+        """
+        try:
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointNotFoundError(
+                "a file of the checkpoint does not exist",
+                file=str(path),
+                cure="Check the path, or download the checkpoint again",
+            ) from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"a file of the checkpoint cannot be looked at: {error}",
+                file=str(path),
+                cure="Check the path, and that this user may read it",
+            ) from error
+        if stat.S_ISDIR(found.st_mode):
+            raise CheckpointError(
+                "a file was expected here, this is a folder",
+                file=str(path),
+                cure="Name a file in it, or use open_checkpoint, which picks one",
+            )
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(
+                "a file of the checkpoint is not a regular file (but a pipe, a socket or a device)",
+                file=str(path),
+                cure="Copy the weights into a file first",
+            )
+        return cls(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+    def check_unchanged(self, fd: int, *, weight: str | None = None) -> None:
+        """Raise WeightReadError (naming ``weight``) if the open file ``fd`` is not the file whose header was read."""
+        now = os.fstat(fd)
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (self.size, self.mtime_ns, self.inode):
+            raise WeightReadError(
+                f"the file was changed while the model was using it ({self.size} bytes then, {now.st_size} now)",
+                weight=weight,
+                file=str(self.path),
+                cure="Put the original file back, or build the model again from the new one",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where bytes are: ``nbytes`` bytes from ``offset`` on in ``file``."""
+
+    file: CheckpointFile
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightInfo:
+    """One tensor of a checkpoint, as stored.
+
+    ``stride`` is None for a contiguous tensor, else in elements. ``span`` is None when the bytes are not in a file as
+    they are; then the loader's ``read_into`` delivers them. The stored bytes begin with the tensor's first element.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    span: Span | None
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from the first to the last stored element; more than numel * itemsize when strides leave gaps."""
+        if 0 in self.shape:
+            return 0
+        if self.stride is None:
+            count = 1
+            for size in self.shape:
+                count *= size
+        else:
+            count = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return count * self.dtype.itemsize
+
+
+class WeightsLoader(ABC):
+    """A checkpoint whose weights are known by name before they are read.
+
+    ``device`` and ``dtype`` are wishes of whoever made the loader: the execution device, and the floating dtype to
+    cast to (None: as stored). A loader is itself a plain callable ``(module_name, weight_names) -> {name: tensor}``.
+    Methods may be called from any thread.
+    """
+
+    def __init__(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
+            raise OptionsError(
+                f"dtype={dtype} is not something that weights can be cast to on the way",
+                cure="Use torch.float16, bfloat16, float32 or float64, or None for the dtypes of the checkpoint",
+            )
+        self.device = None if device is None else torch.device(device)
+        self.dtype = dtype
+
+    @abstractmethod
+    def weights(self) -> Mapping[str, WeightInfo]:
+        """Every weight of the checkpoint by name. Reads headers at most, never weights; the answer does not change.
+
+        Raises CheckpointError when headers or indexes cannot be used.
+        """
+
+    @abstractmethod
+    def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
+        """Fill ``buffer`` (exactly ``info.nbytes`` writable bytes) with the stored bytes of one weight.
+
+        The plain, synchronous way: one weight at a time, called in a reader thread. Weights that have a span are
+        usually read faster, without this method. Raises WeightReadError.
+        """
+
+    def locate(self, names: Iterable[str]) -> dict[str, WeightInfo]:
+        """Those of ``names`` that the checkpoint has, with the place of their bytes."""
+        known = self.weights()
+        return {name: known[name] for name in names if name in known}
+
+    def __call__(self, module_name: str, weight_names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read the named weights into fresh host memory, as stored or in ``self.dtype``; unknown names are left out."""
+        from odewei.loaders.tensors import read_tensor
+
+        return {name: read_tensor(self, info) for name, info in self.locate(weight_names).items()}
+
+    def close(self) -> None:  # noqa: B027, most loaders keep nothing open
+        """Close what is open. May be called twice; the loader opens again what it needs when it is used again."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} device={self.device} dtype={self.dtype}>"

@@ -1,0 +1,130 @@
+"""The index of a checkpoint in several files (``*.index.json``): which weight is in which file.
+
+Pure apart from reading the index itself. Names of files in an index are not trusted: they are checked as text, before
+anything is opened. A symbolic link that lies in the folder is followed; the caches of model hubs are made of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import NoReturn
+
+from odewei.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError
+from odewei.loaders.base import CheckpointFile
+from odewei.loaders.file_loader import no_duplicates, open_header
+
+__all__ = ["CheckpointIndex", "check_shard_name", "parse_index", "read_index"]
+
+_MAX_INDEX_NBYTES = 1_000_000_000
+_CURE = "Download the index again"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointIndex:
+    """``shards[weight]`` is the file that holds the weight; ``path`` is where the index was read."""
+
+    path: Path
+    shards: Mapping[str, Path]
+
+    def by_shard(self) -> dict[Path, list[str]]:
+        """The names of the weights in each shard, in the order of the index."""
+        names: dict[Path, list[str]] = {}
+        for weight, shard in self.shards.items():
+            names.setdefault(shard, []).append(weight)
+        return names
+
+    def check_shards(self) -> None:
+        """Raise CheckpointNotFoundError for the first shard that is not there."""
+        for shard, names in self.by_shard().items():
+            try:
+                CheckpointFile.stat(shard)
+            except CheckpointNotFoundError as error:
+                raise CheckpointNotFoundError(
+                    f"shard {shard.name!r}, which holds {len(names)} of the {len(self.shards)} weights of "
+                    f"{self.path.name!r}, does not exist",
+                    file=str(shard),
+                    cure="Download the missing shard, or name the folder that the shards are in",
+                ) from error
+
+
+def read_index(
+    path: str | os.PathLike[str], weights_dir: str | os.PathLike[str], weights_mapping_key: str = "weight_map"
+) -> CheckpointIndex:
+    """The index at ``path`` with its shards in ``weights_dir``, none of which is looked at.
+
+    Raises CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError.
+    """
+    file = CheckpointFile.stat(Path(path))
+    if file.size > _MAX_INDEX_NBYTES:
+        raise CorruptCheckpointError(
+            f"an index of {file.size} bytes is no index", file=str(path), cure="Name the *.index.json file"
+        )
+    with open_header(file) as stream:
+        text = stream.read()
+    return parse_index(text, Path(path), Path(weights_dir), weights_mapping_key)
+
+
+def parse_index(text: bytes, path: Path, weights_dir: Path, weights_mapping_key: str) -> CheckpointIndex:
+    """The index in ``text``; ``path`` is for messages. Pure."""
+    try:
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"the index is not JSON that can be trusted: {error}", cause=error)
+    if not isinstance(found, dict):
+        _refuse(path, f"the index is a JSON {type(found).__name__}, not an object")
+    if weights_mapping_key not in found:
+        keys = ", ".join(repr(key) for key in list(found)[:10])
+        cure = f"Name the right key as weights_mapping_key (the index has: {keys or 'none'}), or download it again"
+        _refuse(path, f"the index has no {weights_mapping_key!r}", cure=cure)
+    mapping = found[weights_mapping_key]
+    if not isinstance(mapping, dict):
+        _refuse(path, f"{weights_mapping_key!r} of the index is a {type(mapping).__name__}, not an object")
+    checked: dict[str, Path] = {}
+    for shard in set(_strings(mapping, path)):
+        check_shard_name(shard, index=path)
+        checked[shard] = weights_dir / shard
+    return CheckpointIndex(path, {weight: checked[shard] for weight, shard in mapping.items()})
+
+
+def check_shard_name(name: str, *, index: Path) -> None:
+    """Raise UnsafeCheckpointError unless ``name`` stays in its folder, on any system, as far as the text tells.
+
+    Raises CorruptCheckpointError for a name that cannot be a file at all.
+    """
+    windows = PureWindowsPath(name)  # splits at both kinds of slash, so it sees what any system would see
+    if windows.drive or windows.root or name.startswith("/"):
+        what = "is absolute"
+    elif ".." in windows.parts:
+        what = "leads out of its folder"
+    elif "\0" in name or not windows.parts:
+        _refuse(index, f"shard name {name[:200]!r} is no name of a file")
+    else:
+        return
+    raise UnsafeCheckpointError(
+        f"shard name {name[:200]!r} {what}",
+        file=str(index),
+        cure="Do not use this checkpoint unless you trust it; if you do, put its shards into one folder and name "
+        "them in the index by their plain names",
+    )
+
+
+def _strings(mapping: dict[str, object], path: Path) -> list[str]:
+    names: list[str] = []
+    for weight, shard in mapping.items():
+        if not isinstance(shard, str):
+            raise CorruptCheckpointError(
+                f"the index maps a weight to a {type(shard).__name__} instead of the name of a file",
+                weight=weight,
+                file=str(path),
+                cure=_CURE,
+            )
+        names.append(shard)
+    return names
+
+
+def _refuse(path: Path, problem: str, *, cure: str = _CURE, cause: Exception | None = None) -> NoReturn:
+    raise CorruptCheckpointError(problem, file=str(path), cure=cure) from cause

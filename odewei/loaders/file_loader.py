@@ -1,0 +1,148 @@
+"""What the loaders of files share: headers read once, a file opened and checked, a span read the plain way.
+
+Knows files and bytes. A file is opened for each read and closed after it: nothing stays open between reads, no file
+descriptor can be closed under a reading thread, and a file that was replaced is noticed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO
+
+import torch
+
+from odewei.errors import CheckpointError, WeightReadError
+from odewei.loaders.base import CheckpointFile, WeightInfo, WeightsLoader
+
+__all__ = ["FileLoader", "no_duplicates", "open_header", "read_span"]
+
+_EIO_TRIES = 3
+
+
+@contextmanager
+def open_header(file: CheckpointFile) -> Iterator[BinaryIO]:
+    """``file``, open for reading its header. Raises CheckpointError, also when the file changes meanwhile."""
+    try:
+        with open(file.path, "rb") as stream:
+            file.check_unchanged(stream.fileno())
+            yield stream
+            file.check_unchanged(stream.fileno())
+    except (OSError, WeightReadError) as error:
+        raise CheckpointError(
+            f"the header of a checkpoint file cannot be read: {getattr(error, 'problem', error)}",
+            file=str(file.path),
+            cure="Check that this user may read the file and that nothing writes to it",
+        ) from error
+
+
+def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """For ``json.loads(object_pairs_hook=...)``: a name that occurs twice is a ValueError, not its last value."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the name {name[:200]!r} occurs twice")
+            seen.add(name)
+    return found
+
+
+def read_span(info: WeightInfo, buffer: memoryview) -> None:
+    """Fill ``buffer``, exactly ``info.nbytes`` writable bytes, from ``info.span``. Any thread.
+
+    The file is compared with its header's time before and after, so that bytes of a changed file are never handed on.
+    Raises WeightReadError.
+    """
+    assert info.span is not None, f"{info.name} has no span"
+    if buffer.nbytes != info.nbytes or info.span.nbytes != info.nbytes:
+        raise ValueError(
+            f"{info.name} has {info.nbytes} bytes, the buffer {buffer.nbytes}, the span {info.span.nbytes}"
+        )
+    file = info.span.file
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _failed(info, f"the file can no longer be opened ({error.strerror})", "Put the file back") from error
+    try:
+        file.check_unchanged(fd, weight=info.name)
+        if buffer.nbytes:
+            _fill(fd, info, buffer.cast("B"))
+        file.check_unchanged(fd, weight=info.name)
+    finally:
+        os.close(fd)
+
+
+def _fill(fd: int, info: WeightInfo, buffer: memoryview) -> None:
+    assert info.span is not None
+    done = failures = 0
+    while done < len(buffer):
+        try:
+            # One call moves at most 2 GiB, and may always move less than asked.
+            count = os.preadv(fd, [buffer[done:]], info.span.offset + done)
+        except OSError as error:
+            failures += 1
+            if error.errno == errno.EIO and failures < _EIO_TRIES:
+                continue
+            cure = "Check the drive or the network file system, then run again"
+            raise _failed(info, f"reading the file failed ({error.strerror})", cure) from error
+        if count == 0:
+            what = f"the file ended {len(buffer) - done} bytes before the end of the weight"
+            raise _failed(info, what, "The file is truncated: download it again")
+        done += count
+
+
+def _failed(info: WeightInfo, problem: str, cure: str) -> WeightReadError:
+    assert info.span is not None
+    return WeightReadError(problem, weight=info.name, file=str(info.span.file.path), cure=cure)
+
+
+class FileLoader(WeightsLoader):
+    """A checkpoint that begins at one file, ``path``. The headers are read when they are first asked for, and once.
+
+    Copies and pickles keep the headers that were read, so that they too notice a file that has changed since.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype)
+        self.path = Path(path)
+        CheckpointFile.stat(self.path)
+        self._weights: dict[str, WeightInfo] | None = None
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def _read_headers(self) -> dict[str, WeightInfo]:
+        """All weights of the checkpoint. Called under the lock, until it has succeeded once."""
+
+    def weights(self) -> Mapping[str, WeightInfo]:
+        with self._lock:
+            if self._weights is None:
+                self._weights = self._read_headers()
+            return MappingProxyType(self._weights)
+
+    def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
+        read_span(info, buffer)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        known = self._weights
+        state = "headers not read yet" if known is None else f"{len(known)} weights"
+        return f"<{type(self).__name__} {str(self.path)!r}, {state}>"

@@ -1,0 +1,71 @@
+"""From a path to the loader that fits: a file by its name, a folder by what is in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from odewei.errors import CheckpointError, CheckpointNotFoundError
+from odewei.loaders.base import WeightsLoader
+from odewei.loaders.sharded import TORCH_SUFFIXES, ShardedWeightsLoader, open_weights_file
+
+__all__ = ["open_checkpoint"]
+
+_INDEX = ".index.json"
+_USUAL_NAMES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+_ONLY_ONE_OF = ((_INDEX,), (".safetensors",), TORCH_SUFFIXES)
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> WeightsLoader:
+    """The loader for a file (.safetensors, .bin, .pt, .pth, .index.json) or for the checkpoint in a folder.
+
+    In a folder the usual names of model hubs come first, safetensors before pickles and an index before a single file;
+    then the only index, the only safetensors file, the only torch file. Raises CheckpointNotFoundError, and
+    CheckpointError where several files fit.
+    """
+    chosen = Path(path)
+    if chosen.is_dir():
+        chosen = _choose(chosen)
+    if chosen.name.endswith(_INDEX):
+        return ShardedWeightsLoader(chosen, chosen.parent, device=device, dtype=dtype)
+    return open_weights_file(chosen, device=device, dtype=dtype)
+
+
+def _choose(folder: Path) -> Path:
+    for name in _USUAL_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(entry for entry in folder.iterdir() if entry.is_file())
+    for endings in _ONLY_ONE_OF:
+        fitting = [file for file in files if file.name.lower().endswith(endings)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise CheckpointError(
+                f"the folder has {len(fitting)} files that could be the checkpoint: {_brief(fitting)}",
+                file=str(folder),
+                cure="Name the file",
+            )
+    raise CheckpointNotFoundError(
+        f"the folder has no checkpoint: looked for {', '.join(_USUAL_NAMES)}, *{_INDEX}, *.safetensors, "
+        f"*{', *'.join(TORCH_SUFFIXES)}; there {'is' if len(files) == 1 else 'are'} {_brief(files)}",
+        file=str(folder),
+        cure="Name the folder or file of the checkpoint, or download it",
+    )
+
+
+def _brief(files: list[Path]) -> str:
+    shown = ", ".join(file.name for file in files[:8]) or "no files"
+    return f"{shown} and {len(files) - 8} more" if len(files) > 8 else shown

@@ -1,0 +1,83 @@
+"""A checkpoint in several files with an index, the usual form of large models.
+
+Knows which loader reads which kind of file. The index is read when the loader is made, the headers of all shards when
+the weights are first asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from odewei.errors import CheckpointError, MissingWeightError
+from odewei.loaders.base import WeightInfo
+from odewei.loaders.checkpoint_index import read_index
+from odewei.loaders.file_loader import FileLoader
+from odewei.loaders.safetensors_file import SafetensorsLoader
+from odewei.loaders.torch_file import TorchLoader
+
+__all__ = ["TORCH_SUFFIXES", "ShardedWeightsLoader", "open_weights_file"]
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+
+
+def open_weights_file(
+    path: Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> SafetensorsLoader | TorchLoader:
+    """The loader for one file of weights, chosen by the end of its name. Raises CheckpointError for any other."""
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        return SafetensorsLoader(path, device=device, dtype=dtype)
+    if suffix in TORCH_SUFFIXES:
+        return TorchLoader(path, device=device, dtype=dtype)
+    raise CheckpointError(
+        f"files that end in {suffix!r} are not read",
+        file=str(path),
+        cure="Use .safetensors, .bin, .pt, .pth, or an index that ends in .index.json",
+    )
+
+
+class ShardedWeightsLoader(FileLoader):
+    """The weights that an index maps to files in ``weights_dir`` (.safetensors, .bin, .pt, .pth, also mixed).
+
+    The index at ``index_file_path`` holds the mapping of weights to names of files under ``weights_mapping_key``.
+    Names that lead out of ``weights_dir`` are refused (UnsafeCheckpointError); links that lie in it are followed.
+    Weights in a shard that the index does not map are left out.
+    """
+
+    def __init__(
+        self,
+        index_file_path: str | os.PathLike[str],
+        weights_dir: str | os.PathLike[str],
+        weights_mapping_key: str = "weight_map",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(index_file_path, device=device, dtype=dtype)
+        self._index = read_index(index_file_path, weights_dir, weights_mapping_key)
+        self._index.check_shards()
+        self._loaders = {shard: open_weights_file(shard) for shard in self._index.by_shard()}
+
+    def _read_headers(self) -> dict[str, WeightInfo]:
+        found: dict[str, WeightInfo] = {}
+        for shard, names in self._index.by_shard().items():
+            has = self._loaders[shard].weights()
+            for name in names:
+                if name not in has:
+                    raise MissingWeightError(
+                        f"the index {self.path.name!r} promises a weight in a shard that does not have it",
+                        weight=name,
+                        file=str(shard),
+                        cure="Index and shards are of different checkpoints: download all of them again",
+                    )
+                found[name] = has[name]
+        return {name: found[name] for name in self._index.shards}
+
+    def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
+        self._loaders[self._index.shards[info.name]].read_into(info, buffer)
+
+    def close(self) -> None:
+        for loader in self._loaders.values():
+            loader.close()

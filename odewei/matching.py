@@ -1,0 +1,167 @@
+"""Brings the model's weights and the checkpoint's together, and refuses what does not fit, before the first forward.
+
+Knows names, shapes and dtypes. Reads headers only, and buffers, which are loaded once and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from odewei.errors import MissingWeightError, ModelError, WeightMismatchError
+from odewei.loaders.base import WeightInfo, WeightsLoader
+from odewei.loaders.plain_callable import CallableLoader
+from odewei.loaders.tensors import is_castable, read_tensor
+from odewei.meta_model import meta_tensors
+from odewei.survey import Weight
+
+__all__ = ["Matched", "bound_dtype", "init_missing", "load_buffers", "match_weights"]
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """What was found for the model: each weight's place by the weight's own name, and the weights that are missing."""
+
+    infos: Mapping[str, WeightInfo]
+    missing: tuple[Weight, ...]
+
+
+def bound_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype that a weight is bound with: only floating ones of at least 16 bits are cast, all others stay verbatim."""
+    return wanted if wanted is not None and is_castable(stored) else stored
+
+
+def match_weights(weights: Sequence[Weight], loader: WeightsLoader, on_missing: str) -> Matched:
+    """Find each weight in the checkpoint under any of its names.
+
+    Raises WeightMismatchError if shape or kind of dtype differ, MissingWeightError unless ``on_missing`` is "init".
+    """
+    known = loader.weights()
+    infos: dict[str, WeightInfo] = {}
+    missing = []
+    for weight in weights:
+        name = next((name for name in (weight.name, *weight.aliases) if name in known), None)
+        if name is None:
+            missing.append(weight)
+        else:
+            infos[weight.name] = _fitting(weight, known[name])
+    if missing and on_missing == "error":
+        raise _missing(missing, known)
+    return Matched(infos, tuple(missing))
+
+
+def _fitting(weight: Weight, info: WeightInfo) -> WeightInfo:
+    file = str(info.span.file.path) if info.span is not None else None
+    module = weight.uses[0].module or None
+    if info.shape != weight.shape:
+        raise WeightMismatchError(
+            f"the checkpoint has shape {info.shape}, the model {weight.shape}",
+            module=module,
+            weight=info.name,
+            file=file,
+            cure="Build the model with the configuration that the checkpoint was made with",
+        )
+    interchangeable = is_castable(info.dtype) and is_castable(weight.dtype)
+    if info.dtype != weight.dtype and not interchangeable:
+        raise WeightMismatchError(
+            f"the checkpoint has {info.dtype}, the model {weight.dtype}, and neither can stand for the other",
+            module=module,
+            weight=info.name,
+            file=file,
+            cure="Build the model as the checkpoint was made (a quantised checkpoint needs its quantised modules)",
+        )
+    return info
+
+
+def _missing(missing: Sequence[Weight], known: Mapping[str, WeightInfo]) -> MissingWeightError:
+    first = missing[0]
+    similar = [name for name in known if name.endswith(first.name.rsplit(".", 2)[-1])][:3]
+    also = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    hint = f" (it has {', '.join(similar)}, ...)" if similar else ""
+    return MissingWeightError(
+        f"the checkpoint lacks the weight {first.name!r}{also}{hint}",
+        module=first.uses[0].module or None,
+        weight=first.name,
+        cure='Check that checkpoint and model belong together, or pass on_missing="init" to initialise what is missing',
+    )
+
+
+def load_buffers(
+    model: nn.Module, source: WeightsLoader | CallableLoader, dtype: torch.dtype | None, on_missing: str
+) -> int:
+    """Load the persistent buffers for good, in place of those the model was built with. Returns their bytes.
+
+    Raises MissingWeightError for a persistent buffer that the checkpoint lacks (unless ``on_missing`` is "init": then it
+    stays as built), WeightMismatchError for another shape, ModelError for a buffer that has no values at all.
+    """
+    wanted = {
+        f"{prefix}.{name}" if prefix else name: (module, name)
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    for full_name, tensor in _read_buffers(source, wanted, on_missing).items():
+        module, name = wanted[full_name]
+        built = module._buffers[name]
+        assert built is not None
+        if tensor.shape != built.shape:
+            raise WeightMismatchError(
+                f"the checkpoint has shape {tuple(tensor.shape)} for a buffer, the model {tuple(built.shape)}",
+                weight=full_name,
+                cure="Build the model with the configuration that the checkpoint was made with",
+            )
+        module._buffers[name] = tensor.to(bound_dtype(tensor.dtype, dtype))
+    for name in meta_tensors(model):
+        raise ModelError(
+            f"the tensor {name!r} has no values: it was made on the meta device and the checkpoint does not have it",
+            weight=name,
+            cure="Have model_fn make it on the CPU",
+        )
+    return sum(buffer.nbytes for buffer in model.buffers())
+
+
+def _read_buffers(
+    source: WeightsLoader | CallableLoader, wanted: Mapping[str, object], on_missing: str
+) -> dict[str, torch.Tensor]:
+    if isinstance(source, CallableLoader):
+        return dict(source.load("", list(wanted))) if wanted else {}
+    found = source.locate(wanted)
+    lacking = [name for name in wanted if name not in found]
+    if lacking and on_missing == "error":
+        raise MissingWeightError(
+            f"the checkpoint lacks the buffer {lacking[0]!r}" + (f" and {len(lacking) - 1} more" * (len(lacking) > 1)),
+            weight=lacking[0],
+            cure='Check that checkpoint and model belong together, or pass on_missing="init" to keep buffers as built',
+        )
+    return {name: read_tensor(source, info) for name, info in found.items()}
+
+
+def init_missing(model: nn.Module, missing: Sequence[Weight], dtype: torch.dtype | None) -> None:
+    """Make the missing weights real and initialise them as their modules do; they are resident and stay.
+
+    Uses the model's ``_init_weights`` (transformers) if it has one, else the module's ``reset_parameters``.
+    """
+    modules = dict(model.named_modules())
+    initialise: Callable[[nn.Module], object] | None = getattr(model, "_init_weights", None)
+    owners: dict[str, nn.Module] = {}
+    for weight in missing:
+        made = nn.Parameter(
+            torch.empty(weight.shape, dtype=bound_dtype(weight.dtype, dtype)),
+            requires_grad=weight.parameter.requires_grad,
+        )
+        for use in weight.uses:
+            modules[use.module]._parameters[use.local_name] = made
+            owners.setdefault(use.module, modules[use.module])
+    for name, module in owners.items():
+        reset = initialise if initialise is not None else getattr(module, "reset_parameters", None)
+        if reset is None:
+            raise ModelError(
+                "a missing weight cannot be initialised: its module has no reset_parameters()",
+                module=name,
+                cure="Add the weight to the checkpoint, or give the module a reset_parameters method",
+            )
+        with torch.no_grad():
+            reset(module) if initialise is not None else reset()

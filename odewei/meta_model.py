@@ -1,0 +1,149 @@
+"""Builds the user's model without its weights: parameters on the meta device, buffers real.
+
+Checkpoints do not hold non-persistent buffers (rotary frequencies, masks, position ids), so these must come out as in a
+normally built model; parameters must not exist, not even for a moment. While the model function runs, large factory calls
+go to the meta device and small ones stay real; parameters become meta when a module registers them.
+
+That is a guess about which tensors are parameters-to-be. Where it was wrong (a large mask came out meta, or the function
+computed with a tensor that has no values) the model is built once more with every factory call real: then only parameters
+become meta, one at a time, when they are registered.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from odewei.errors import ModelError
+
+__all__ = ["build_without_weights", "meta_tensors"]
+
+_LARGE = 1 << 20  # elements; what is larger is taken for a parameter-to-be
+
+_FACTORIES = frozenset(
+    {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.empty_strided, torch.normal}
+)
+
+
+def build_without_weights(model_fn: Callable[[], nn.Module]) -> nn.Module:
+    """Call ``model_fn`` so that parameters take no memory. Raises ModelError if it does not return a module.
+
+    All parameters of the result that were created in the call are on the meta device and keep their identity (ties), dtype
+    and ``requires_grad``; no buffer is. Not for use from several threads at once: building is serialised.
+    """
+    redirect = _LargeFactoriesToMeta()
+    try:
+        model = _build(model_fn, redirect)
+        if not redirect.redirected or not any(meta_tensors(model)):
+            return model
+    except Exception:
+        if not redirect.redirected:
+            raise
+    return _build(model_fn, None)  # an error of the function itself comes again, as itself
+
+
+def meta_tensors(model: nn.Module) -> Iterator[str]:
+    """Names of tensors on the meta device that are reachable from modules and are not parameters."""
+    for prefix, module in model.named_modules():
+        for name, value in (*module._buffers.items(), *vars(module).items()):
+            values = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else (value,)
+            if name not in ("_parameters", "_modules", "_buffers") and any(
+                isinstance(one, torch.Tensor) and one.is_meta and not isinstance(one, nn.Parameter) for one in values
+            ):
+                yield f"{prefix}.{name}" if prefix else name
+
+
+def _build(model_fn: Callable[[], nn.Module], redirect: TorchFunctionMode | None) -> nn.Module:
+    with _parameters_become_meta():
+        if redirect is None:
+            model = model_fn()
+        else:
+            with redirect:
+                model = model_fn()
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model_fn returned {type(model).__name__}, not a torch.nn.Module",
+            cure="Pass a function that builds and returns the model, for example lambda: MyModel(config)",
+        )
+    return model
+
+
+class _LargeFactoriesToMeta(TorchFunctionMode):
+    """Sends factory calls of more than ``_LARGE`` elements to the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.redirected = False
+
+    def __torch_function__(  # type: ignore[override]
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES and "out" not in kwargs and kwargs.get("device") is None and _numel(args, kwargs) > _LARGE:
+            kwargs["device"] = "meta"
+            kwargs.pop("pin_memory", None)
+            if kwargs.get("generator") is not None:
+                del kwargs["generator"]
+            self.redirected = True
+        return func(*args, **kwargs)
+
+
+def _numel(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The elements that a factory call asks for; 0 if it cannot be told from its arguments."""
+    size = kwargs.get("size", args)
+    if args and isinstance(args[0], list | tuple):
+        size = args[0]
+    count = 1
+    for length in size if isinstance(size, list | tuple) else ():
+        if not isinstance(length, int):
+            return 0
+        count *= length
+    return count
+
+
+_building = threading.Lock()
+
+
+@contextmanager
+def _parameters_become_meta() -> Iterator[None]:
+    """While inside, this thread's modules register parameters as meta tensors. One real tensor gives one meta parameter."""
+    thread = threading.current_thread()
+    register = nn.Module.register_parameter
+    made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def register_as_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta and threading.current_thread() is thread and _is_plain(param):
+            if param not in made:
+                with torch.no_grad():
+                    made[param] = _as_meta(param)
+            param = made[param]
+        register(module, name, param)
+
+    with _building:
+        nn.Module.register_parameter = register_as_meta  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _is_plain(param: nn.Parameter) -> bool:
+    return type(param) is nn.Parameter and param.layout is torch.strided
+
+
+def _as_meta(param: nn.Parameter) -> nn.Parameter:
+    empty = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta")
+    made = nn.Parameter(empty, requires_grad=param.requires_grad)
+    made.__dict__.update(param.__dict__)
+    return made

@@ -1,0 +1,81 @@
+"""A parameter whose bytes are elsewhere: shape, dtype, device and ``requires_grad`` without storage.
+
+It is what *iterating* the parameters of a streamed model yields (``parameters()``, ``named_parameters()``), so that code that asks
+a model for its device or dtype hears the truth and loads nothing. It is an ``nn.Parameter`` to ``isinstance``. An operation
+that reaches it loads the weight and goes on with the real tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["Placeholder"]
+
+Fetch = Callable[[], torch.Tensor]
+
+
+class Placeholder(torch.Tensor):
+    """Made with :meth:`make`. ``weight_name`` is the checkpoint's name of the weight."""
+
+    weight_name: str
+    _fetch: Fetch
+    _is_param: bool
+
+    @staticmethod
+    def make(
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        stride: tuple[int, ...] | None,
+        fetch: Fetch,
+    ) -> Placeholder:
+        """``fetch`` returns the real tensor, loading it if need be; any thread calls it when an operation needs the values."""
+        with torch.inference_mode(False), torch.no_grad():
+            made: Placeholder = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                Placeholder, shape, strides=stride, dtype=dtype, device="cpu", requires_grad=False
+            )
+        made.weight_name = name
+        made._fetch = fetch
+        made._is_param = True
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        args = tree_map_only(Placeholder, Placeholder.fetch, args)
+        kwargs = tree_map_only(Placeholder, Placeholder.fetch, dict(kwargs or {}))
+        return func(*args, **kwargs)
+
+    def fetch(self) -> torch.Tensor:
+        """The real tensor, loaded now if need be."""
+        return self._fetch()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.fetch().detach().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.fetch().tolist()
+
+    def data_ptr(self) -> int:
+        return self.fetch().data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = torch.nn.Parameter(self.fetch().detach().clone(), requires_grad=False)
+        found: torch.nn.Parameter = memo[id(self)]
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return torch.nn.Parameter(self.fetch().detach().clone(), requires_grad=False).__reduce_ex__(protocol)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Placeholder({self.weight_name!r}, {tuple(self.shape)}, {self.dtype}, on demand)"

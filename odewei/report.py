@@ -1,0 +1,88 @@
+"""What happened in a streamed model so far, in numbers. A frozen value; ``print`` it for a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from odewei.scheduler.budget import format_nbytes
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Sums since the model was built. Bytes are bytes, times seconds.
+
+    - ``passes``: calls of the model that ended; ``accesses``: units entered, of which ``hits`` found theirs resident.
+    - ``stalls``: accesses that waited, ``stall_seconds`` in all: the *exposed* reading.
+    - ``compute_seconds``: inside the model and not stalled. With several threads at once, summed over them.
+    - ``read_seconds``: at least one read was running; what of it was not stalled is the *hidden* reading.
+    - ``peak_bytes``: the most weight memory there ever was, in flight and free slabs included, against ``budget_bytes``.
+    - ``overdrafts``: units that a forward needed when nothing could leave, so that the budget was exceeded, by
+      ``worst_overdraft_bytes`` at most. ``escapes``: units whose memory somebody held on to after they had left.
+    - ``buffer_bytes``: buffers, which are loaded once and are not part of the budget.
+    """
+
+    weight_bytes: int
+    units: int
+    budget_bytes: int
+    buffer_bytes: int
+    resident_bytes: int
+    peak_bytes: int
+    passes: int
+    accesses: int
+    hits: int
+    mispredictions: int
+    evictions: int
+    bytes_read: int
+    read_seconds: float
+    compute_seconds: float
+    stalls: int
+    stall_seconds: float
+    overdrafts: int
+    worst_overdraft_bytes: int
+    escapes: int
+    prefetch_depth: int | None
+    direct_io: bool
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second while at least one read was running; 0 before the first read."""
+        return self.bytes_read / self.read_seconds if self.read_seconds else 0.0
+
+    @property
+    def hidden_seconds(self) -> float:
+        """Reading that cost the forward passes nothing."""
+        return max(0.0, self.read_seconds - self.stall_seconds)
+
+    @property
+    def floor_seconds(self) -> float:
+        """``max(compute, missed bytes / measured bandwidth)``: no scheduler could have been faster with these reads."""
+        return max(self.compute_seconds, self.read_seconds)
+
+    @property
+    def ratio_to_floor(self) -> float:
+        """Time inside the model over the floor; reading before and between passes makes it smaller than 1."""
+        return (self.compute_seconds + self.stall_seconds) / self.floor_seconds if self.floor_seconds else 0.0
+
+    def __str__(self) -> str:
+        depth = "auto" if self.prefetch_depth is None else str(self.prefetch_depth)
+        rows = [
+            ("weights", f"{format_nbytes(self.weight_bytes)} in {self.units} units"),
+            ("budget", f"{format_nbytes(self.budget_bytes)}, prefetch depth {depth}"),
+            ("peak", f"{format_nbytes(self.peak_bytes)}, resident now {format_nbytes(self.resident_bytes)}"),
+            ("buffers", format_nbytes(self.buffer_bytes)),
+            ("passes", f"{self.passes}"),
+            ("read", f"{format_nbytes(self.bytes_read)} in {self.read_seconds:.2f} s, {self.bandwidth / 1e9:.2f} GB/s, "
+             + ("direct" if self.direct_io else "buffered")),
+            ("hits", f"{self.hits} of {self.accesses} accesses, {self.mispredictions} mispredicted"),
+            ("computing", f"{self.compute_seconds:.2f} s"),
+            ("reading", f"{self.hidden_seconds:.2f} s hidden, {self.stall_seconds:.2f} s exposed in {self.stalls} stalls"),
+            ("floor", f"{self.floor_seconds:.2f} s, reached to a factor of {self.ratio_to_floor:.2f}"),
+        ]
+        if self.overdrafts:
+            rows.append(("over budget", f"{self.overdrafts} times, by {format_nbytes(self.worst_overdraft_bytes)} at most"))
+        if self.escapes:
+            rows.append(("escaped", f"{self.escapes} units were still held by somebody when they left"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

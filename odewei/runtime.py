@@ -1,0 +1,283 @@
+"""One streamed model: its source, units, scheduler, hooks; its life and its report.
+
+The runtime holds the model weakly; the model holds the runtime through its hooks. When the model dies the runtime closes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from odewei.binding import Binder
+from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError
+from odewei.hooks import hook_pass, hook_unit
+from odewei.loaders.base import WeightInfo, WeightsLoader
+from odewei.loaders.plain_callable import CallableLoader
+from odewei.matching import bound_dtype, init_missing, load_buffers, match_weights
+from odewei.options import Options
+from odewei.report import Report
+from odewei.scheduler.budget import Budget, format_nbytes
+from odewei.scheduler.callable_unit import CallableUnit, Expected
+from odewei.scheduler.drivers import Driver, SynchronousDriver
+from odewei.scheduler.ledger import Ledger
+from odewei.scheduler.plan import Window
+from odewei.scheduler.prefetcher import PrefetchingDriver
+from odewei.scheduler.read_plan import ReadSettings, UnitReadPlan, Wanted
+from odewei.scheduler.reader import FileTable, PlannedUnit, UnitReader
+from odewei.scheduler.slabs import PAGE, SlabPool, round_up
+from odewei.survey import Weight, survey
+from odewei.units import Unit, partition, smallest_budget
+
+__all__ = ["Runtime", "find_runtime", "runtime_of"]
+
+_log = logging.getLogger("odewei")
+_numbers = itertools.count(1)
+_runtimes: weakref.WeakKeyDictionary[nn.Module, Runtime] = weakref.WeakKeyDictionary()
+
+_FAIR_SHARE = 4  # a unit may take this part of the budget: one in use, others on their way
+_WINDOW_BYTES = 256 << 20  # enough in flight to keep a fast disk busy
+_CHUNK_BYTES = 32 << 20
+_SMALLEST_CHUNK = 4 << 20
+_SCRATCH_BYTES = 1 << 20
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The runtime of a streamed model. Raises OptionsError for any other object."""
+    runtime = find_runtime(model)
+    if runtime is None:
+        raise OptionsError(
+            f"this {type(model).__name__} is not a model that odewei streams",
+            cure="Pass the very object that init_on_demand_weights_model returned",
+        )
+    return runtime
+
+
+def find_runtime(model: nn.Module) -> Runtime | None:
+    """The runtime of a streamed model; None for any other object."""
+    return _runtimes.get(model) if isinstance(model, nn.Module) else None
+
+
+class Runtime:
+    """Makes a model without weights stream them. Built by ``init_on_demand_weights_model`` only."""
+
+    def __init__(self, model: nn.Module, source: WeightsLoader | CallableLoader, options: Options) -> None:
+        self.options = options
+        self._source = source
+        self._model = weakref.ref(model)
+        self._dtype = options.dtype or source.dtype
+        self._handles: list[RemovableHandle] = []
+        infos, weights = self._match(model, source)
+        self._buffer_bytes = load_buffers(model, source, self._dtype, options.on_missing)
+        sizes = {weight.name: self._bound_bytes(weight, infos) for weight in weights}
+        self._weight_bytes = sum(sizes.values())
+        self.budget = Budget(max(1, options.resolve_budget(_with_slack(self._weight_bytes, len(weights)))))
+        self._pool = SlabPool(self.budget)
+        share = self.budget.limit_bytes // _FAIR_SHARE
+        self.units = partition(model, weights, sizes, share, options.granularity)
+        self._direct = options.resolve_direct(self._weight_bytes, self.budget.limit_bytes)
+        self._readers = [self._reader(unit, infos, sizes) for unit in self.units]
+        self._check_budget()
+        self._binder = self._bind(model, infos)
+        self.driver = self._make_driver()
+        self._ledger = self.driver.ledger
+        self._binder.connect(self._access, self.driver.leave)
+        self._hook(model)
+        _runtimes[model] = self
+        self._finalizer = weakref.finalize(model, _close, self.driver, self._binder, source)
+        self.driver.start()
+        self.driver.poke()
+
+    # -- public life -------------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """What happened so far."""
+        counters, budget = self._ledger.counters, self.budget
+        return Report(
+            weight_bytes=self._weight_bytes,
+            units=len(self.units),
+            budget_bytes=budget.limit_bytes,
+            buffer_bytes=self._buffer_bytes,
+            resident_bytes=sum(slab.nbytes for slab in list(self._ledger.resident_slabs())),
+            peak_bytes=budget.peak_bytes,
+            passes=counters.passes,
+            accesses=counters.accesses,
+            hits=counters.hits,
+            mispredictions=counters.mispredictions,
+            evictions=counters.evictions,
+            bytes_read=counters.bytes_read,
+            read_seconds=self.driver.busy.seconds,
+            compute_seconds=max(0.0, counters.inside_seconds - counters.stall_seconds),
+            stalls=counters.stalls,
+            stall_seconds=counters.stall_seconds,
+            overdrafts=budget.overdrafts,
+            worst_overdraft_bytes=budget.worst_overdraft_bytes,
+            escapes=self._pool.escapes,
+            prefetch_depth=self.options.depth,
+            direct_io=self._direct,
+        )
+
+    def seed(self, units: Sequence[int]) -> None:
+        """Expect the units to be entered in this order."""
+        self._ledger.seed(units)
+        self.driver.poke()
+
+    def close(self) -> None:
+        """Stop threads and close files, now. The model's weights can no longer be used. May be called twice."""
+        self._finalizer()
+
+    def materialize(self) -> None:
+        """Load all weights for good and take the hooks out; the model is an ordinary one then."""
+        model = self._model()
+        if not self._finalizer.alive:
+            raise ClosedError("the model was closed", cure="Build it again to load it whole")
+        assert model is not None
+        parameters: dict[str, nn.Parameter] = {}
+        for unit in range(len(self.units)):
+            found = self._binder.hold(unit)
+            parameters.update({name: nn.Parameter(tensor.detach().clone()) for name, tensor in found.items()})
+        for handle in self._handles:
+            handle.remove()
+        self._binder.restore(parameters)
+        del _runtimes[model]
+        self.close()
+
+    def hooked_modules(self) -> Mapping[str, list[int]]:
+        """The units that each hooked module takes leases of, by the module's name."""
+        found: dict[str, list[int]] = {}
+        for index, unit in enumerate(self.units):
+            for name in unit.hooked:
+                found.setdefault(name, []).append(index)
+        return found
+
+    # -- making ------------------------------------------------------------------------------------------------------
+
+    def _match(
+        self, model: nn.Module, source: WeightsLoader | CallableLoader
+    ) -> tuple[Mapping[str, WeightInfo], Sequence[Weight]]:
+        weights = survey(model)
+        if isinstance(source, CallableLoader):
+            return {}, weights
+        matched = match_weights(weights, source, self.options.on_missing)
+        if matched.missing:
+            init_missing(model, matched.missing, self._dtype)
+            absent = {weight.name for weight in matched.missing}
+            weights = [weight for weight in weights if weight.name not in absent]
+        return matched.infos, weights
+
+    def _stored_dtype(self, weight: Weight, infos: Mapping[str, WeightInfo]) -> torch.dtype:
+        return infos[weight.name].dtype if weight.name in infos else weight.dtype
+
+    def _bound_bytes(self, weight: Weight, infos: Mapping[str, WeightInfo]) -> int:
+        dtype = bound_dtype(self._stored_dtype(weight, infos), self._dtype)
+        return weight.parameter.numel() * dtype.itemsize
+
+    def _reader(self, unit: Unit, infos: Mapping[str, WeightInfo], sizes: Mapping[str, int]) -> UnitReader:
+        if isinstance(self._source, CallableLoader):
+            expected = [
+                Expected(weight.name, weight.shape, weight.dtype, weight.aliases) for weight in unit.weights
+            ]
+            module = unit.hooked[0]
+            return CallableUnit(module, expected, self._source.load, self._pool, self._cast, sizes.__contains__)
+        wanted = [
+            Wanted(weight.name, infos[weight.name], self._cast(infos[weight.name].dtype)) for weight in unit.weights
+        ]
+        per_reader = sum(weight.nbytes for weight in wanted) // self.options.num_readers
+        chunk = round_up(min(max(per_reader, _SMALLEST_CHUNK), _CHUNK_BYTES), PAGE)
+        settings = ReadSettings(direct=self._direct, chunk_bytes=chunk, scratch_bytes=_SCRATCH_BYTES)
+        return PlannedUnit(UnitReadPlan.make(wanted, settings), self._source)
+
+    def _cast(self, stored: torch.dtype) -> torch.dtype:
+        return bound_dtype(stored, self._dtype)
+
+    def _check_budget(self) -> None:
+        needed = smallest_budget(self.units, [reader.nbytes for reader in self._readers])
+        if needed > self.budget.limit_bytes:
+            largest = max(range(len(self.units)), key=lambda index: self._readers[index].nbytes)
+            size = format_nbytes(self._readers[largest].nbytes)
+            raise BudgetTooSmallError(
+                f"the budget of {self.budget.limit_bytes} bytes ({format_nbytes(self.budget.limit_bytes)}) cannot hold what "
+                f"one step of the model needs at once; its largest unit has {size}",
+                module=self.units[largest].name,
+                weight=max(self.units[largest].weights, key=lambda weight: weight.parameter.numel()).name,
+                cure=f"The smallest memory_budget that works is {needed} bytes ({format_nbytes(needed)})",
+            )
+
+    def _bind(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> Binder:
+        described = {
+            weight.name: (
+                self._cast(self._stored_dtype(weight, infos)),
+                infos[weight.name].stride if weight.name in infos else None,
+            )
+            for unit in self.units
+            for weight in unit.weights
+        }
+        return Binder(model, [unit.weights for unit in self.units], described)
+
+    def _make_driver(self) -> Driver:
+        options = self.options
+        limit = self.budget.limit_bytes
+        if options.depth is None:
+            largest = max((reader.nbytes for reader in self._readers), default=0)
+            window = Window(None, min(limit // 2, max(_WINDOW_BYTES, 2 * largest)))
+        else:
+            window = Window(options.depth, limit)
+        ledger = Ledger(self._pool, window)
+        for unit, reader in zip(self.units, self._readers, strict=True):
+            ledger.add(unit.name, reader.nbytes)
+        ledger.was_written = _WarnOnce(self._binder, self.units)
+        ledger.seed(range(len(self.units)))
+        files = FileTable(direct=self._direct, scratch_bytes=_SCRATCH_BYTES)
+        if options.depth == 0:
+            return SynchronousDriver(ledger, self._readers, files, self._binder)
+        return PrefetchingDriver(
+            ledger, self._readers, files, self._binder, num_readers=options.num_readers, name=str(next(_numbers))
+        )
+
+    def _hook(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        for name, units in self.hooked_modules().items():
+            self._handles += hook_unit(modules[name], units, self.driver)
+        self._handles += hook_pass(model, self.driver)
+
+    def _access(self, unit: int) -> None:
+        self.driver.enter(unit, sys._getframe(1))
+
+    def __repr__(self) -> str:
+        return f"<Runtime of {len(self.units)} units, {self.budget!r}, {self.driver!r}>"
+
+
+class _WarnOnce:
+    """Whether a unit was written to, warning of the first write that keeps one in memory."""
+
+    def __init__(self, binder: Binder, units: Sequence[Unit]) -> None:
+        self._binder = binder
+        self._units = units
+        self._warned = False
+
+    def __call__(self, unit: int) -> bool:
+        written = self._binder.was_written(unit)
+        if written and not self._warned:
+            self._warned = True
+            _log.warning(
+                "a weight of %r was changed in place: it and other changed ones stay in memory from now on",
+                self._units[unit].name,
+            )
+        return written
+
+
+def _close(driver: Driver, binder: Binder, source: WeightsLoader | CallableLoader) -> None:
+    driver.close()
+    binder.clear()
+    source.close()
+
+
+def _with_slack(weight_bytes: int, weights: int) -> int:
+    """What all weights need with their alignment, so that a budget for everything holds everything."""
+    return weight_bytes + weights * 3 * PAGE

@@ -1,0 +1,422 @@
+"""Who has what: the state of every unit, who leases it, who waits for it. The one place where decisions are applied.
+
+Knows unit ids, sizes, threads. Knows nothing of modules, files or asyncio. One lock guards everything here; nothing is
+read, copied, allocated or bound while it is held. Order of locks: ledger, then slab pool.
+
+A *lease* says that a forward pass is inside a unit, so that it cannot be evicted. Leases decide what stays, never whether
+numbers are right: memory is freed by reference. A lease belongs to a frame. torch runs exit hooks for ``Exception`` only, so a
+``KeyboardInterrupt`` leaves leases behind; one whose frame has ended is returned when its thread next enters a unit, or
+when the room is needed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+from odewei.errors import ClosedError
+from odewei.scheduler.outlook import Outlook
+from odewei.scheduler.plan import Candidate, Decision, Window, Wish, decide
+from odewei.scheduler.slabs import Slab, SlabPool
+from odewei.scheduler.states import State, check_move
+
+__all__ = ["Counters", "Ledger", "UnitRecord", "Waiter"]
+
+
+class Waiter:
+    """One forward pass waiting for one unit. ``error`` is set before ``done`` when the read failed."""
+
+    __slots__ = ("done", "error", "since", "unit")
+
+    def __init__(self, unit: int) -> None:
+        self.unit = unit
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+        self.since = time.perf_counter()
+
+
+@dataclass(eq=False, slots=True)
+class UnitRecord:
+    """What the scheduler knows of one unit. ``nbytes`` is the size of its slab."""
+
+    id: int
+    name: str
+    nbytes: int
+    state: State = State.ABSENT
+    leases: int = 0
+    ahead: bool = False  # fetched before its use, and not used since
+    stays: bool = False  # never evicted (written to in place, or for good)
+    slab: Slab | None = None
+    waiters: list[Waiter] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Lease:
+    """A thread is inside ``unit``; None: inside the model. It ends with ``frame`` at the latest."""
+
+    unit: UnitRecord | None
+    frame: FrameType
+    since: float = field(default_factory=time.perf_counter)
+
+    def is_stale(self) -> bool:
+        """Whether the frame has ended without returning the lease. Clears the locals of a frame that has."""
+        try:
+            self.frame.clear()
+        except RuntimeError:  # still executing
+            return False
+        return True
+
+
+class ThreadLeases:
+    """The leases of one thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread()
+        self.leases: list[Lease] = []
+
+
+@dataclass
+class Counters:
+    """What happened so far. Times in seconds. ``stall``: a forward waited for the bytes of its unit.
+
+    ``inside_seconds``: from a thread's first lease to its last, stalls included, summed over threads.
+    """
+
+    passes: int = 0
+    inside_seconds: float = 0.0
+    accesses: int = 0
+    hits: int = 0
+    stalls: int = 0
+    stall_seconds: float = 0.0
+    bytes_read: int = 0
+    units_read: int = 0
+    evictions: int = 0
+    mispredictions: int = 0
+
+
+class Ledger:
+    """The book of all units under one budget. Methods may be called from any thread unless they say otherwise."""
+
+    def __init__(self, pool: SlabPool, window: Window) -> None:
+        self.pool = pool
+        self.window = window
+        self.lock = threading.Lock()
+        self.was_written: Callable[[int], bool] | None = None  # asked, under the lock, before a unit may be evicted
+        self.units: list[UnitRecord] = []
+        self.counters = Counters()
+        self.outlook = Outlook()
+        self._residents: set[int] = set()
+        self._demanded: dict[int, UnitRecord] = {}
+        self._reading_bytes = 0
+        self._ahead_units = 0
+        self._ahead_bytes = 0
+        self._failed = 0
+        self._closed: BaseException | None = None
+        self._threads: set[ThreadLeases] = set()
+        self._local = threading.local()
+
+    # -- making ------------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, nbytes: int) -> int:
+        """A new unit, absent. Returns its id. Only before the first access."""
+        self.units.append(UnitRecord(len(self.units), name, nbytes))
+        return len(self.units) - 1
+
+    def seed(self, order: Sequence[int]) -> None:
+        """The order in which the units are expected to be entered in one pass."""
+        with self.lock:
+            self.outlook.seed(order)
+
+    def resize(self, unit: int, nbytes: int) -> None:
+        """A unit turned out to need other room. Only while it is absent or being read."""
+        with self.lock:
+            record = self.units[unit]
+            assert record.state in (State.ABSENT, State.READING)
+            if record.state is State.READING:
+                self._reading_bytes += nbytes - record.nbytes
+            if record.ahead:
+                self._ahead_bytes += nbytes - record.nbytes
+            record.nbytes = nbytes
+
+    # -- the forward thread ------------------------------------------------------------------------------------------
+
+    def enter_pass(self, frame: FrameType) -> None:
+        """This thread enters the model, whose call runs in ``frame``."""
+        mine = self._mine()
+        with self.lock:
+            self._return_stale(mine)
+            mine.leases.append(Lease(None, frame))
+            self.outlook.enter(mine)
+
+    def leave_pass(self) -> None:
+        """This thread leaves the model, whether by return or by exception."""
+        mine = self._mine()
+        with self.lock:
+            while mine.leases and self._return_last(mine).unit is not None:
+                pass
+            if not mine.leases:
+                self.counters.passes += 1
+
+    def enter(self, unit: int, frame: FrameType) -> Waiter | None:
+        """Take a lease. None: the unit is resident. Otherwise whoever drives the ledger sets ``done`` of the waiter."""
+        mine = self._mine()
+        record = self.units[unit]
+        with self.lock:
+            if self._closed is not None:
+                raise ClosedError("the model was closed", cure="Build it again to use it again") from self._closed
+            self._return_stale(mine)
+            mine.leases.append(Lease(record, frame))
+            record.leases += 1
+            self._note_access(mine, record)
+            if record.state is State.RESIDENT:
+                self.counters.hits += 1
+                return None
+            waiter = Waiter(unit)
+            record.waiters.append(waiter)
+            self._demanded[unit] = record
+            return waiter
+
+    def leave(self, unit: int) -> None:
+        """Return the innermost lease of ``unit`` of this thread. Leases above it were left behind and go too."""
+        mine = self._mine()
+        with self.lock:
+            if any(lease.unit is self.units[unit] for lease in mine.leases):
+                while self._return_last(mine).unit is not self.units[unit]:
+                    pass
+
+    def give_up(self, waiter: Waiter) -> None:
+        """A forward stopped waiting (an interrupt): nobody needs to wake it any more."""
+        with self.lock:
+            record = self.units[waiter.unit]
+            if waiter in record.waiters:
+                record.waiters.remove(waiter)
+                if not record.waiters:
+                    self._demanded.pop(waiter.unit, None)
+
+    def note_stall(self, seconds: float) -> None:
+        """A forward has waited so long for its unit."""
+        with self.lock:
+            self.counters.stalls += 1
+            self.counters.stall_seconds += seconds
+
+    def needs_driver(self) -> bool:
+        """Whether there is anything to decide: some unit is neither resident nor failed. Without the lock, a hint."""
+        return len(self._residents) + self._failed < len(self.units) or bool(self._demanded)
+
+    # -- whoever drives: one thread at a time ------------------------------------------------------------------------
+
+    def next_decision(self) -> Decision | None:
+        """Decide what to fetch next, and move its victims to ABSENT. The caller unbinds them, then begins the read."""
+        with self.lock:
+            wish = self._most_urgent()
+            decision = self._decide(wish)
+            if wish is not None and wish.demanded and (decision is None or decision.beyond_limit):
+                if self._return_all_stale():
+                    decision = self._decide(wish)
+            for unit in decision.evict if decision else ():
+                self._evict(self.units[unit])
+            return decision
+
+    def begin_read(self, unit: int, slab: Slab | None) -> None:
+        """ABSENT to READING, into ``slab`` (None: the unit has no bytes)."""
+        with self.lock:
+            record = self.units[unit]
+            self._move(record, State.READING)
+            record.slab = slab
+            self._reading_bytes += record.nbytes
+            if not record.leases:
+                record.ahead = True
+                self._ahead_units += 1
+                self._ahead_bytes += record.nbytes
+
+    def finish_read(self, unit: int, nbytes: int) -> None:
+        """READING to STAGED: ``nbytes`` have been read and all are in the slab."""
+        with self.lock:
+            record = self.units[unit]
+            self._move(record, State.STAGED)
+            self._reading_bytes -= record.nbytes
+            self.counters.bytes_read += nbytes
+            self.counters.units_read += 1
+
+    def abandon_read(self, unit: int, nbytes: int) -> None:
+        """READING back to ABSENT, without failure. ``nbytes`` were read all the same."""
+        with self.lock:
+            record = self.units[unit]
+            self._reading_bytes -= record.nbytes
+            self._move(record, State.ABSENT)
+            record.slab = None
+            self.counters.bytes_read += nbytes
+            self.outlook.note_missing(unit)
+
+    def arrive(self, unit: int) -> None:
+        """STAGED to RESIDENT: the unit is bound. Wakes those who wait for it."""
+        with self.lock:
+            record = self.units[unit]
+            self._move(record, State.RESIDENT)
+            self._residents.add(unit)
+            self.outlook.note_evictable(unit)
+            self._wake(record, None)
+
+    def fail(self, unit: int, error: BaseException, nbytes: int = 0) -> None:
+        """READING or STAGED to FAILED. Those who wait get ``error``; the next forward that needs it tries again."""
+        with self.lock:
+            record = self.units[unit]
+            if record.state is State.READING:
+                self._reading_bytes -= record.nbytes
+            self._move(record, State.FAILED)
+            record.slab = None
+            self.counters.bytes_read += nbytes
+            self._wake(record, error)
+
+    def close(self, reason: BaseException) -> None:
+        """No more accesses: they raise ``reason``, and so do all who wait now."""
+        with self.lock:
+            self._closed = self._closed or reason
+            for record in self.units:
+                self._wake(record, reason)
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def resident_slabs(self) -> Iterator[Slab]:
+        """The slabs of all resident units."""
+        return (slab for unit in self._residents if (slab := self.units[unit].slab) is not None)
+
+    def leases(self) -> int:
+        """All leases taken now, stale ones included."""
+        with self.lock:
+            return sum(record.leases for record in self.units)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError unless states, sums and slabs agree."""
+        self.pool.check_invariants()
+        with self.lock:
+            records = self.units
+            assert self._residents == {unit.id for unit in records if unit.state is State.RESIDENT}
+            assert self._reading_bytes == sum(unit.nbytes for unit in records if unit.state is State.READING)
+            ahead = [unit for unit in records if unit.ahead]
+            assert (self._ahead_units, self._ahead_bytes) == (len(ahead), sum(unit.nbytes for unit in ahead))
+            assert self._failed == sum(unit.state is State.FAILED for unit in records)
+            assert set(self._demanded) == {unit.id for unit in records if unit.waiters}
+            for unit in records:
+                assert unit.leases >= 0
+                assert unit.slab is None or unit.state not in (State.ABSENT, State.FAILED)
+                assert not unit.waiters or unit.state is not State.RESIDENT
+
+    # -- under the lock ----------------------------------------------------------------------------------------------
+
+    def _mine(self) -> ThreadLeases:
+        mine: ThreadLeases | None = getattr(self._local, "leases", None)
+        if mine is None:
+            mine = self._local.leases = ThreadLeases()
+            with self.lock:
+                for ended in [other for other in self._threads if not other.thread.is_alive()]:
+                    self._forget_thread(ended)
+                self._threads.add(mine)
+        return mine
+
+    def _forget_thread(self, ended: ThreadLeases) -> None:
+        while ended.leases:
+            self._return_last(ended)
+        self._threads.discard(ended)
+        self.outlook.forget(ended)
+
+    def _note_access(self, mine: ThreadLeases, record: UnitRecord) -> None:
+        self.counters.accesses += 1
+        if not self.outlook.record(mine, record.id):
+            self.counters.mispredictions += 1
+            for unit in self.units if self._ahead_units else ():
+                self._clear_ahead(unit)
+        self._clear_ahead(record)
+        if record.state is State.RESIDENT:
+            self.outlook.note_evictable(record.id)
+
+    def _most_urgent(self) -> Wish | None:
+        for record in self._demanded.values():
+            if record.state is State.FAILED:
+                self._move(record, State.ABSENT)
+            if record.state is State.ABSENT:
+                return Wish(record.id, record.nbytes, 0, True)
+        if self.window.depth == 0 or self._closed is not None:
+            return None
+        found = self.outlook.first_missing(lambda unit: self.units[unit].state is State.ABSENT)
+        if found is None:
+            return None
+        record = self.units[found[0]]
+        if not self.window.is_open(self._ahead_units, self._ahead_bytes, record.nbytes):
+            return None
+        return Wish(record.id, record.nbytes, found[1], False)
+
+    def _decide(self, wish: Wish | None) -> Decision | None:
+        return decide(
+            wish,
+            room_bytes=self.pool.room_bytes(),
+            reading_bytes=self._reading_bytes,
+            leaving_bytes=self.pool.leaving_bytes(),
+            furthest_first=self._candidates,
+        )
+
+    def _candidates(self) -> Iterator[Candidate]:
+        def evictable(unit: int) -> bool:
+            record = self.units[unit]
+            if record.state is not State.RESIDENT or record.leases or record.stays:
+                return False
+            record.stays = self.was_written is not None and self.was_written(unit)
+            return not record.stays
+
+        for unit, distance in self.outlook.furthest_first(evictable, self._residents):
+            yield Candidate(unit, self.units[unit].nbytes, distance)
+
+    def _evict(self, record: UnitRecord) -> None:
+        self._move(record, State.ABSENT)
+        self._residents.remove(record.id)
+        self._clear_ahead(record)
+        self.counters.evictions += 1
+        if record.slab is not None:
+            self.pool.mark_leaving(record.slab)
+            record.slab = None
+        self.outlook.note_missing(record.id)
+
+    def _move(self, record: UnitRecord, state: State) -> None:
+        check_move(record.name, record.state, state)
+        self._failed += (state is State.FAILED) - (record.state is State.FAILED)
+        record.state = state
+        if state in (State.ABSENT, State.FAILED):
+            self._clear_ahead(record)
+
+    def _clear_ahead(self, record: UnitRecord) -> None:
+        if record.ahead:
+            record.ahead = False
+            self._ahead_units -= 1
+            self._ahead_bytes -= record.nbytes
+
+    def _wake(self, record: UnitRecord, error: BaseException | None) -> None:
+        for waiter in record.waiters:
+            waiter.error = error
+            waiter.done.set()
+        record.waiters.clear()
+        self._demanded.pop(record.id, None)
+
+    def _return_last(self, mine: ThreadLeases) -> Lease:
+        lease = mine.leases.pop()
+        if lease.unit is not None:
+            lease.unit.leases -= 1
+        if not mine.leases:
+            self.counters.inside_seconds += time.perf_counter() - lease.since
+            self.outlook.leave(mine)
+        return lease
+
+    def _return_stale(self, mine: ThreadLeases) -> bool:
+        found = False
+        while mine.leases and mine.leases[-1].is_stale():
+            self._return_last(mine)
+            found = True
+        return found
+
+    def _return_all_stale(self) -> bool:
+        found = False
+        for thread in list(self._threads):
+            found |= self._return_stale(thread)
+        return found

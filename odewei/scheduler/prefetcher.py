@@ -1,0 +1,224 @@
+"""The prefetching driver: one daemon thread with an asyncio loop, and a pool of reader threads.
+
+The loop's thread alone moves units. It decides as long as there is something to decide, starts reads, and sleeps until a
+forward thread, a finished read or a returned slab wakes it. Files are opened and read through aiofiles in the reader pool.
+Reads are cut into jobs that wait in one queue across units and passes, so that the disk is never idle between two layers;
+the jobs of a unit that a forward waits for go first.
+
+Nothing here holds the model: when the model dies, its finalizer closes the driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import aiofiles
+import aiofiles.os
+
+from odewei.errors import ClosedError
+from odewei.loaders.base import CheckpointFile
+from odewei.scheduler.drivers import Driver, UnitClient
+from odewei.scheduler.ledger import Ledger, Waiter
+from odewei.scheduler.reader import FileTable, Job, UnitReader, cannot_read
+from odewei.scheduler.slabs import Bytes, Slab
+
+__all__ = ["PrefetchingDriver"]
+
+
+class _Queued:
+    """A job in the queue. ``result`` is its number of bytes read, or its error."""
+
+    __slots__ = ("job", "result", "slab", "unit")
+
+    def __init__(self, unit: int, job: Job, slab: Bytes, result: asyncio.Future[int]) -> None:
+        self.unit = unit
+        self.job = job
+        self.slab = slab
+        self.result = result
+
+
+class PrefetchingDriver(Driver):
+    """Reads ahead on its own thread. ``start`` starts it; ``close`` ends it and its readers."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        readers: Sequence[UnitReader],
+        files: FileTable,
+        client: UnitClient,
+        *,
+        num_readers: int,
+        name: str,
+    ) -> None:
+        super().__init__(ledger, readers, files, client)
+        self._num_readers = num_readers
+        self._reader_prefix = f"odewei-reader-{name}-"
+        self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix=self._reader_prefix[:-1])
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=f"odewei-scheduler-{name}", daemon=True)
+        self._awake = asyncio.Event()
+        self._queue: list[_Queued] = []
+        self._queued = asyncio.Semaphore(0)
+        self._opening: dict[CheckpointFile, asyncio.Lock] = {}
+        self._reads: set[asyncio.Task[None]] = set()
+        self._closing = False
+        self._poked = False
+        self.ledger.pool.on_return = self._wake
+
+    # -- any thread --------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def poke(self) -> None:
+        if self.ledger.needs_driver():
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake the loop. Takes no lock: finalizers call it."""
+        if self._poked or self._closing:
+            return
+        self._poked = True
+        try:
+            self._loop.call_soon_threadsafe(self._awake.set)
+        except RuntimeError:  # the loop is closed: the thread has died, and has told everybody so
+            return
+
+    def _serve(self, waiter: Waiter) -> None:
+        if self._is_own_thread():
+            raise ClosedError(
+                "a reader used a weight of the model that it reads for, and would wait for itself",
+                cure="A weights_loader_fn must not use the model",
+            )
+        self._wake()
+        waiter.done.wait()
+
+    def close(self) -> None:
+        started = self._thread.ident is not None
+        if not self._closing:
+            self._closing = True
+            self.ledger.close(ClosedError("the model was closed", cure="Build it again to use it again"))
+            if started and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._awake.set)
+        if started and not self._is_own_thread():
+            self._thread.join()
+        elif not started:
+            self._pool.shutdown()
+            self._loop.close()
+            super().close()
+
+    def _is_own_thread(self) -> bool:
+        """Whether the caller is the loop's thread or a reader: a finalizer may run in either, and must not wait for it."""
+        current = threading.current_thread()
+        return current is self._thread or current.name.startswith(self._reader_prefix)
+
+    # -- the loop's thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        reason: BaseException = ClosedError("the model was closed", cure="Build it again to use it again")
+        try:
+            self._loop.run_until_complete(self._main())
+        except BaseException as error:
+            reason = ClosedError(
+                f"the thread that reads the weights has died: {type(error).__name__}: {error}",
+                cure="This is a defect of odewei: please report it with the cause above. Build the model again to use it",
+            )
+            reason.__cause__ = error
+            raise
+        finally:
+            self._closing = True
+            self.ledger.close(reason)
+            self._pool.shutdown()
+            self._loop.close()
+            super().close()
+
+    async def _main(self) -> None:
+        workers = [asyncio.create_task(self._work()) for _ in range(self._num_readers)]
+        try:
+            while not self._closing:
+                self._awake.clear()
+                self._poked = False
+                self._decide()
+                for task in (*workers, *self._reads):
+                    if task.done():
+                        task.result()  # a defect in here ends the thread, loudly
+                await self._awake.wait()
+        finally:
+            self._queue.clear()
+            for task in (*workers, *self._reads):
+                task.cancel()
+            await asyncio.gather(*workers, *self._reads, return_exceptions=True)
+
+    def _decide(self) -> None:
+        while (decision := self.ledger.next_decision()) is not None:
+            slab = self._make_room(decision)
+            if slab is None:
+                continue
+            self.ledger.begin_read(decision.fetch, slab)
+            task = asyncio.create_task(self._read(decision.fetch, slab))
+            self._reads.add(task)
+            task.add_done_callback(self._read_done)
+
+    def _read_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            self._reads.discard(task)
+        self._awake.set()
+
+    async def _read(self, unit: int, slab: Slab) -> None:
+        """All jobs of a unit, then publish it or tell who waits that it failed."""
+        view = slab.view()
+        with self.busy:
+            results = [self._enqueue(unit, job, view) for job in self._readers[unit].jobs()]
+            del view
+            done = await asyncio.gather(*results, return_exceptions=True)
+        nbytes = sum(result for result in done if isinstance(result, int))
+        error = next((result for result in done if isinstance(result, BaseException)), None)
+        if error is None:
+            self._publish(unit, slab, nbytes)
+        else:
+            self._give_up(unit, slab, error, nbytes)
+
+    def _enqueue(self, unit: int, job: Job, view: Bytes) -> asyncio.Future[int]:
+        result: asyncio.Future[int] = self._loop.create_future()
+        self._queue.append(_Queued(unit, job, view, result))
+        self._queued.release()
+        return result
+
+    async def _work(self) -> None:
+        """One reader: the most urgent job, one after another."""
+        units = self.ledger.units
+        run = aiofiles.os.wrap(_run_job)
+        while True:
+            await self._queued.acquire()
+            queued = min(self._queue, key=lambda queued: not units[queued.unit].waiters)  # the first of the most urgent
+            self._queue.remove(queued)
+            try:
+                for file in queued.job.files():
+                    await self._open(file)
+                queued.result.set_result(await run(queued.job, queued.slab, self.files, executor=self._pool))
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:
+                if not queued.result.done():
+                    queued.result.set_exception(error)
+            del queued
+
+    async def _open(self, file: CheckpointFile) -> None:
+        if self.files.is_open(file):
+            return
+        async with self._opening.setdefault(file, asyncio.Lock()):
+            if not self.files.is_open(file):
+                try:
+                    opened = await aiofiles.open(
+                        file.path, "rb", buffering=0, opener=self.files.opener, executor=self._pool
+                    )
+                except OSError as error:
+                    raise cannot_read(file, error) from error
+                self.files.keep(file, opened._file)
+
+
+def _run_job(job: Job, slab: Bytes, files: FileTable) -> int:
+    return job.run(slab, files)

@@ -1,0 +1,274 @@
+"""Where each byte of a unit is read from and put. Pure: no files are opened, no memory is touched.
+
+Every tensor lands at a multiple of 64 bytes (see ``slabs.ALIGNMENT``). Files place their tensors at multiples of 8 or less, so
+there are two ways for a direct read, which must begin and end at pages of the file and of memory:
+
+- *in place*: large stretches whose tensors lie at multiples of 64 in the file are read straight to where they stay;
+- *copied*: all else is read a scratch buffer at a time, and the reader thread copies each tensor to its place, casting
+  on the way if asked. The scratch is small enough to stay in the processor's cache.
+
+A buffered read can begin anywhere and goes straight to its place unless it casts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from odewei.loaders.base import CheckpointFile, Span, WeightInfo
+from odewei.scheduler.slabs import ALIGNMENT, PAGE, round_up
+
+__all__ = ["Cast", "CopiedRead", "LoaderRead", "Part", "Placement", "PlacedRead", "ReadSettings", "UnitReadPlan", "Wanted"]
+
+_IN_PLACE_FROM = 1 << 20  # shorter stretches are not worth their page of slack at either end
+_LARGEST_GAP = PAGE  # read over a gap this small rather than starting anew
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSettings:
+    """``direct``: past the page cache. ``chunk_bytes``: what one reader does at a time. ``scratch_bytes``: per reader."""
+
+    direct: bool
+    chunk_bytes: int = 32 << 20
+    scratch_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A weight to be read, under the model's name for it, and the dtype it is wanted in."""
+
+    name: str
+    info: WeightInfo
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the wanted dtype."""
+        return self.info.nbytes // self.info.dtype.itemsize * self.dtype.itemsize
+
+    @property
+    def casts(self) -> bool:
+        return self.dtype != self.info.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a tensor lies in its slab. ``stride`` None: contiguous."""
+
+    name: str
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    source: torch.dtype
+    target: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """``nbytes`` bytes at ``scratch_offset`` go to ``slab_offset``, cast or as they are."""
+
+    scratch_offset: int
+    nbytes: int
+    slab_offset: int
+    cast: Cast | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRead:
+    """Read ``nbytes`` bytes at ``offset`` of the file straight into the slab; at least ``needed`` must come."""
+
+    file: CheckpointFile
+    offset: int
+    nbytes: int
+    needed: int
+    slab_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedRead:
+    """Read ``nbytes`` bytes at ``offset`` of the file into a scratch buffer, then copy the parts; ``needed`` must come."""
+
+    file: CheckpointFile
+    offset: int
+    nbytes: int
+    needed: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderRead:
+    """Let the loader deliver a weight that is in no file as it is; via ``staging_offset`` in the slab when it is cast."""
+
+    info: WeightInfo
+    slab_offset: int
+    staging_offset: int | None
+    cast: Cast | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.info.nbytes
+
+
+Read = PlacedRead | CopiedRead | LoaderRead
+
+
+@dataclass(frozen=True, slots=True)
+class UnitReadPlan:
+    """How one unit gets into a slab of ``nbytes`` bytes. ``jobs`` may run at once, the reads of a job in order."""
+
+    nbytes: int
+    placements: tuple[Placement, ...]
+    jobs: tuple[tuple[Read, ...], ...]
+
+    @classmethod
+    def make(cls, wanted: Sequence[Wanted], settings: ReadSettings) -> UnitReadPlan:
+        """The plan for a unit's weights, in any order."""
+        return _Layout(settings).plan(wanted)
+
+
+class _Layout:
+    """Fills a slab from its start; makes placements and reads."""
+
+    def __init__(self, settings: ReadSettings) -> None:
+        self.settings = settings
+        self.used = 0
+        self.offsets: dict[str, int] = {}
+        self.reads: list[Read] = []
+
+    def plan(self, wanted: Sequence[Wanted]) -> UnitReadPlan:
+        in_files = [(weight, weight.info.span) for weight in wanted if weight.info.span is not None and weight.nbytes]
+        in_place: list[list[tuple[Wanted, Span]]] = []
+        others: list[list[tuple[Wanted, Span]]] = []
+        for run in _runs((weight, span) for weight, span in in_files if span is not None):
+            for fits, stretch in groupby(run, key=self._fits_in_place):
+                piece = list(stretch)
+                large = _length(piece) >= _IN_PLACE_FROM
+                (in_place if fits and large else others).append(piece)
+        for piece in in_place:  # first, because they need whole pages
+            self._read_in_place(piece)
+        for piece in others:
+            self._read_piecewise(piece)
+        self._read_from_loader([weight for weight in wanted if weight.info.span is None and weight.nbytes])
+        placements = tuple(
+            Placement(
+                weight.name,
+                self.offsets.get(weight.name, 0),
+                weight.dtype,
+                weight.info.shape,
+                weight.info.stride,
+            )
+            for weight in wanted
+        )
+        size = round_up(self.used, PAGE if self.used >= PAGE else ALIGNMENT)
+        return UnitReadPlan(size, placements, tuple(self._jobs(size)))
+
+    def _fits_in_place(self, item: tuple[Wanted, Span]) -> bool:
+        weight, span = item
+        return self.settings.direct and not weight.casts and span.offset % ALIGNMENT == 0
+
+    def _place(self, weight: Wanted) -> int:
+        offset = self.offsets[weight.name] = round_up(self.used, ALIGNMENT)
+        self.used = offset + weight.nbytes
+        return offset
+
+    def _read_in_place(self, piece: list[tuple[Wanted, Span]]) -> None:
+        """Whole pages of the file to whole pages of the slab, in chunks."""
+        file = piece[0][1].file
+        start, end = piece[0][1].offset, max(span.offset + span.nbytes for _, span in piece)
+        first = start // PAGE * PAGE
+        region = round_up(self.used, PAGE)
+        for weight, span in piece:
+            self.offsets[weight.name] = region + span.offset - first
+        for offset in range(first, end, self.settings.chunk_bytes):
+            length = min(self.settings.chunk_bytes, end - offset)
+            self.reads.append(PlacedRead(file, offset, round_up(length, PAGE), length, region + offset - first))
+        self.used = region + round_up(end - first, PAGE)
+
+    def _read_piecewise(self, piece: list[tuple[Wanted, Span]]) -> None:
+        """Each weight to its place: straight when the read may begin anywhere, through the scratch otherwise."""
+        via_scratch: list[tuple[Wanted, Span, int]] = []
+        for weight, span in piece:
+            offset = self._place(weight)
+            if self.settings.direct or weight.casts:
+                via_scratch.append((weight, span, offset))
+                continue
+            for start in range(0, span.nbytes, self.settings.chunk_bytes):
+                length = min(self.settings.chunk_bytes, span.nbytes - start)
+                self.reads.append(PlacedRead(span.file, span.offset + start, length, length, offset + start))
+        if via_scratch:
+            self.reads.extend(self._copied_reads(via_scratch))
+
+    def _copied_reads(self, piece: list[tuple[Wanted, Span, int]]) -> Iterator[CopiedRead]:
+        """Cut a stretch of a file into scratches; an element that is cast is never cut in two."""
+        page = PAGE if self.settings.direct else 1
+        file = piece[0][1].file
+        base = piece[0][1].offset // page * page
+        end = base
+        parts: list[Part] = []
+        for weight, span, slab_offset in piece:
+            cast = Cast(weight.info.dtype, weight.dtype) if weight.casts else None
+            element = weight.info.dtype.itemsize if cast else 1
+            done = 0
+            while done < span.nbytes:
+                position = span.offset + done
+                room = (base + self.settings.scratch_bytes - position) // element * element
+                if room <= 0 or (position - end > _LARGEST_GAP and parts):
+                    yield CopiedRead(file, base, round_up(end - base, page), end - base, tuple(parts))
+                    parts, base = [], position // page * page
+                    continue
+                length = min(room, span.nbytes - done)
+                target = slab_offset + done // element * (weight.dtype.itemsize if cast else 1)
+                parts.append(Part(position - base, length, target, cast))
+                done += length
+                end = position + length
+        yield CopiedRead(file, base, round_up(end - base, page), end - base, tuple(parts))
+
+    def _read_from_loader(self, weights: Sequence[Wanted]) -> None:
+        """One at a time from the loader; all casts share one staging place at the slab's end."""
+        placed = [(weight, self._place(weight)) for weight in sorted(weights, key=lambda weight: weight.casts)]
+        staging = round_up(self.used, ALIGNMENT)
+        for weight, offset in placed:
+            cast = Cast(weight.info.dtype, weight.dtype) if weight.casts else None
+            self.reads.append(LoaderRead(weight.info, offset, staging if cast else None, cast))
+        self.used = max([self.used, *(staging + weight.info.nbytes for weight in weights if weight.casts)])
+
+    def _jobs(self, size: int) -> Iterator[tuple[Read, ...]]:
+        """Group short reads; keep those that share the staging place in one job."""
+        job: list[Read] = []
+        nbytes = 0
+        for read in self.reads:
+            staged = isinstance(read, LoaderRead) and read.cast is not None
+            if job and nbytes + read.nbytes > self.settings.chunk_bytes and not staged:
+                yield tuple(job)
+                job, nbytes = [], 0
+            job.append(read)
+            nbytes += read.nbytes
+        if job:
+            yield tuple(job)
+
+
+def _runs(items: Iterable[tuple[Wanted, Span]]) -> Iterator[list[tuple[Wanted, Span]]]:
+    """Stretches of one file each, in order of offset, without large gaps or overlaps."""
+    run: list[tuple[Wanted, Span]] = []
+    for item in sorted(items, key=lambda item: (str(item[1].file.path), item[1].offset, item[1].nbytes)):
+        if run:
+            last = run[-1][1]
+            gap = item[1].offset - (last.offset + last.nbytes)
+            if item[1].file != last.file or not 0 <= gap <= _LARGEST_GAP:
+                yield run
+                run = []
+        run.append(item)
+    if run:
+        yield run
+
+
+def _length(piece: Sequence[tuple[Wanted, Span]]) -> int:
+    return piece[-1][1].offset + piece[-1][1].nbytes - piece[0][1].offset

@@ -1,0 +1,230 @@
+"""Slabs: host memory that a unit's bytes are read into. Freed by reference, reused by size.
+
+A slab goes back to its pool when the last tensor over it has died, not when the scheduler says so: a forward may return
+a view of its weight, a user may keep one, autograd saves them. Every load exposes its slab through a fresh NumPy view;
+tensors made with ``torch.frombuffer`` keep that view alive, and a finalizer on it runs when the last of them is gone.
+
+The finalizer runs in whichever thread drops the last reference, at any moment, also while that thread holds locks; so it
+only appends to a deque. Everybody who looks at the pool drains that deque first.
+
+Large slabs are anonymous memory maps with huge pages: reading into 4 KiB pages costs the processor time that the model
+computes with, and fresh pages cost a copy at a third of its speed, which is why slabs are kept and used again. A free
+slab still occupies its bytes of the budget until another size needs them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from odewei.scheduler.budget import Budget, Reservation
+
+__all__ = ["ALIGNMENT", "PAGE", "Slab", "SlabPool", "round_up"]
+
+ALIGNMENT = 64
+"""Every tensor lies at a multiple of this many bytes: CPU kernels give other last bits when a weight does not."""
+
+PAGE = 4096
+"""Direct reads start and end at multiples of this in the file and in memory."""
+
+_HUGE_PAGE = 2 << 20
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def round_up(nbytes: int, multiple: int) -> int:
+    """The next multiple at or above ``nbytes``."""
+    return -(-nbytes // multiple) * multiple
+
+
+class Slab:
+    """``nbytes`` bytes of host memory for one unit. Pages start at a page, small slabs at a multiple of 64."""
+
+    __slots__ = ("_memory", "_offset", "leaving", "nbytes", "reservation")
+
+    def __init__(self, nbytes: int, reservation: Reservation) -> None:
+        self.nbytes = nbytes
+        self.reservation = reservation
+        self.leaving = False
+        self._memory: mmap.mmap | bytearray
+        if nbytes >= PAGE:
+            large = nbytes >= _HUGE_PAGE
+            self._memory = mmap.mmap(-1, nbytes + (_HUGE_PAGE if large else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+            if large and hasattr(mmap, "MADV_HUGEPAGE"):
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+            boundary = _HUGE_PAGE if large else PAGE
+        else:
+            self._memory = bytearray(nbytes + ALIGNMENT)
+            boundary = ALIGNMENT
+        start = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._offset = round_up(start, boundary) - start
+
+    def view(self) -> Bytes:
+        """The slab's bytes, for filling and reading. Whoever holds it, or anything made from it, keeps the memory."""
+        return np.frombuffer(self._memory, np.uint8, self.nbytes, self._offset)
+
+    def unmap(self) -> None:
+        """Give the memory back to the system, at once or as soon as the view whose finalizer is running is gone."""
+        self._memory = bytearray()
+
+    def __repr__(self) -> str:
+        return f"<Slab of {self.nbytes} bytes for {self.reservation.owner}{', leaving' if self.leaving else ''}>"
+
+
+class SlabPool:
+    """All slabs under one budget. Methods may be called from any thread.
+
+    A slab is *in use* from ``acquire`` until the last view from ``lend`` has died, and *free* afterwards. It is
+    *leaving* while its unit has been evicted but somebody still holds a tensor over it.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.on_return: Callable[[], None] | None = None  # called by a finalizer: may take no lock
+        self._lock = threading.Lock()
+        self._free: dict[int, list[Slab]] = {}
+        self._free_bytes = 0
+        self._in_use: set[Slab] = set()
+        self._spare: dict[str, tuple[object, Reservation]] = {}
+        self._returned: deque[Slab] = deque()
+        self.escapes = 0  # slabs that outlived their unit's eviction when the room was needed
+
+    def room_bytes(self) -> int:
+        """What ``acquire`` can deliver without going beyond the budget: unreserved bytes and those of free slabs."""
+        with self._lock:
+            self._drain()
+            return self.budget.free_bytes + self._unneeded_bytes()
+
+    def leaving_bytes(self) -> int:
+        """Bytes of evicted units that somebody still holds on to."""
+        with self._lock:
+            self._drain()
+            return sum(slab.nbytes for slab in self._in_use if slab.leaving)
+
+    def acquire(self, owner: str, nbytes: int, *, beyond_limit: bool = False) -> Slab | None:
+        """A slab of exactly ``nbytes`` bytes; None if there is no room and ``beyond_limit`` was not asked for."""
+        with self._lock:
+            self._drain()
+            slab = self._take_free(nbytes)
+            if slab is None:
+                if nbytes > self.budget.free_bytes + self._unneeded_bytes() and not beyond_limit:
+                    return None
+                self._unmap_free(nbytes)
+                slab = Slab(nbytes, self.budget.reserve(owner, nbytes, beyond_limit=beyond_limit))
+            slab.reservation.owner = owner
+            self._in_use.add(slab)
+            return slab
+
+    def lend(self, slab: Slab) -> Bytes:
+        """A fresh view of a filled slab. When it and every tensor over it have died, the slab is free."""
+        view = slab.view()
+        weakref.finalize(view, self._give_back, slab).atexit = False
+        return view
+
+    def release(self, slab: Slab) -> None:
+        """Give back a slab that was never lent (reading into it failed)."""
+        self._returned.append(slab)
+        with self._lock:
+            self._drain()
+
+    def mark_leaving(self, slab: Slab) -> None:
+        """The unit in ``slab`` was evicted: its bytes come back as soon as nobody holds them."""
+        slab.leaving = True
+
+    def stop_expecting_leaving(self) -> None:
+        """Those who hold memory of evicted units keep it (a view that escaped): count it as used until it comes back."""
+        with self._lock:
+            self._drain()
+            for slab in self._in_use:
+                if slab.leaving:
+                    slab.leaving = False
+                    self.escapes += 1
+
+    def keep_spare(self, name: str, thing: object, nbytes: int) -> bool:
+        """Keep something of ``nbytes`` bytes under ``name`` until the room is needed. False if there is no room now."""
+        with self._lock:
+            self._drain()
+            if name in self._spare or nbytes > self.budget.free_bytes:
+                return False
+            self._spare[name] = (thing, self.budget.reserve(name, nbytes))
+            return True
+
+    def take_spare(self, name: str) -> object | None:
+        """What was kept under ``name``, no longer counted; None if it is gone."""
+        with self._lock:
+            thing, reservation = self._spare.pop(name, (None, None))
+            if reservation is not None:
+                self.budget.release(reservation)
+            return thing
+
+    def close(self) -> None:
+        """Unmap every free slab; those in use follow when their last tensor dies."""
+        with self._lock:
+            self._drain()
+            self._unmap_free(None)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError unless every reserved byte is that of exactly one slab or other reservation."""
+        with self._lock:
+            self._drain()
+            self.budget.check_invariants()
+            free = [slab for slabs in self._free.values() for slab in slabs]
+            assert sum(slab.nbytes for slab in free) == self._free_bytes
+            assert not self._in_use.intersection(free), "a slab is free and in use"
+            in_use = sum(slab.nbytes for slab in self._in_use)
+            assert in_use + self._unneeded_bytes() == self.budget.used_bytes, "a reserved byte has no owner"
+
+    def _give_back(self, slab: Slab) -> None:
+        """Finalizer of a lent view: any thread, any moment, no locks."""
+        self._returned.append(slab)
+        if self.on_return is not None:
+            self.on_return()
+
+    def _drain(self) -> None:
+        while self._returned:
+            slab = self._returned.popleft()
+            self._in_use.remove(slab)
+            slab.leaving = False
+            if self.budget.free_bytes < 0:
+                self._unmap(slab)
+            else:
+                self._free.setdefault(slab.nbytes, []).append(slab)
+                self._free_bytes += slab.nbytes
+
+    def _take_free(self, nbytes: int) -> Slab | None:
+        slabs = self._free.get(nbytes)
+        if not slabs:
+            return None
+        self._free_bytes -= nbytes
+        slab = slabs.pop()
+        if not slabs:
+            del self._free[nbytes]
+        return slab
+
+    def _unmap_free(self, needed_bytes: int | None) -> None:
+        """Unmap free slabs, the largest first, then drop spares, the newest first, until ``needed_bytes`` can be reserved.
+
+        None: all of them.
+        """
+        while self._free and (needed_bytes is None or self.budget.free_bytes < needed_bytes):
+            slab = self._take_free(max(self._free))
+            assert slab is not None
+            self._unmap(slab)
+        while self._spare and (needed_bytes is None or self.budget.free_bytes < needed_bytes):
+            self.budget.release(self._spare.popitem()[1][1])
+
+    def _unneeded_bytes(self) -> int:
+        return self._free_bytes + sum(reservation.nbytes for _, reservation in self._spare.values())
+
+    def _unmap(self, slab: Slab) -> None:
+        self.budget.release(slab.reservation)
+        slab.unmap()
+
+    def __repr__(self) -> str:
+        return f"<SlabPool: {len(self._in_use)} in use, {self._free_bytes} bytes free, {self.budget!r}>"

@@ -1,0 +1,61 @@
+"""Which weights a model has: every distinct parameter, by identity, with all the places that use it.
+
+Pure: reads the module tree, changes nothing. A tensor used under several names (tied) is one weight; its first name in
+definition order is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+__all__ = ["Use", "Weight", "survey"]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """The weight is ``module._parameters[local_name]`` of the module called ``module``."""
+
+    module: str
+    local_name: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.local_name}" if self.module else self.local_name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """One parameter of the model. ``uses`` has at least one entry; ``name`` is the first's."""
+
+    name: str
+    parameter: nn.Parameter
+    uses: tuple[Use, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.parameter.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the model was built; the checkpoint may have it in another."""
+        return self.parameter.dtype
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return tuple(use.name for use in self.uses[1:])
+
+
+def survey(model: nn.Module) -> Sequence[Weight]:
+    """The distinct parameters of a model in definition order. A module that appears twice counts under its first name."""
+    uses: dict[int, list[Use]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for local_name, parameter in module._parameters.items():
+            if parameter is not None:
+                parameters[id(parameter)] = parameter
+                uses.setdefault(id(parameter), []).append(Use(prefix, local_name))
+    return [Weight(found[0].name, parameters[key], tuple(found)) for key, found in uses.items()]

@@ -1,0 +1,105 @@
+"""The name users import: ``from odewei.torch import init_on_demand_weights_model, ShardedWeightsLoader``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from odewei.loaders import (
+    SafetensorsLoader,
+    ShardedWeightsLoader,
+    StateDictLoader,
+    TorchLoader,
+    WeightsLoader,
+    open_checkpoint,
+)
+from odewei.loaders.plain_callable import as_source
+from odewei.meta_model import build_without_weights
+from odewei.options import Granularity, Options
+from odewei.runtime import Runtime
+
+__all__ = [
+    "SafetensorsLoader",
+    "ShardedWeightsLoader",
+    "StateDictLoader",
+    "TorchLoader",
+    "WeightsLoader",
+    "init_on_demand_weights_model",
+    "open_checkpoint",
+]
+
+WeightsSource = (
+    WeightsLoader
+    | Callable[[str, Sequence[str]], Mapping[str, torch.Tensor]]
+    | Mapping[str, torch.Tensor]
+    | str
+    | os.PathLike[str]
+)
+
+
+def init_on_demand_weights_model(
+    model_fn: Callable[[], nn.Module],
+    weights_loader_fn: WeightsSource,
+    *,
+    prefetch_depth: int | str = "auto",
+    memory_budget: int | str = "auto",
+    host_budget: int | str = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    granularity: Granularity = "auto",
+    io: str = "auto",
+    num_readers: int = 4,
+    enable_preloading: bool = True,
+    on_missing: str = "error",
+) -> nn.Module:
+    """Build a model whose weights are read from a checkpoint when they are needed, ahead of their need.
+
+    The result is what ``model_fn`` returned, of the same class, and computes the same bits as the model with all weights in
+    memory (``load_state_dict(..., assign=True)``). Its weights are frozen (``requires_grad`` is False). Calls may come from
+    any thread. It is in the mode ``model_fn`` left it in: call ``.eval()`` where the resident model would be.
+
+    Args:
+        model_fn: builds the module. It runs with parameters on the meta device, so that it takes no memory for weights.
+        weights_loader_fn: a loader of ``odewei.loaders``; a path of a checkpoint; a mapping of names to tensors; or a function
+            ``(module_name, weight_names) -> {name: tensor}``, which is called in a reader thread.
+        prefetch_depth: how many units (layers, mostly) to read ahead of their use; 0 reads each when it is needed, without
+            any thread; "auto" reads ahead as far as keeps the disk busy.
+        memory_budget: bytes of weights in memory at once, in flight included: an int, text such as "6GiB", or "auto": what
+            the machine and the process's limits can spare when the model is built.
+        host_budget: for accelerators, which are not supported yet; anything but "auto" raises NotImplementedError.
+        device: the execution device; only the CPU is supported yet, anything else raises NotImplementedError. Default: the
+            loader's, else "cpu".
+        dtype: floating weights of 16 bits and more are cast to it on load. Default: the loader's, else as stored.
+        granularity: what is read together. "auto": the model's blocks, cut finer where the budget asks for it; "block":
+            never finer; "leaf": every module by itself; or ``(name, module) -> bool``: True makes the module one unit.
+        io: "direct" reads past the page cache, "buffered" through it, "auto" directly when the cache could not hold the
+            weights anyway.
+        num_readers: reader threads. More than 4 seldom helps.
+        enable_preloading: False is the same as ``prefetch_depth=0``.
+        on_missing: a weight that the checkpoint lacks: "error", or "init" to initialise it as the model would.
+
+    Raises:
+        OptionsError, BudgetTooSmallError: a keyword cannot work; the message says what would.
+        NotImplementedError: a keyword asks for what does not exist yet.
+        CheckpointError: the checkpoint is missing, corrupt, unsafe, incomplete or does not fit the model.
+        ModelError: the model cannot be built without its weights.
+    """
+    source = as_source(weights_loader_fn)
+    options = Options.check(
+        prefetch_depth=prefetch_depth,
+        memory_budget=memory_budget,
+        host_budget=host_budget,
+        device=source.device if device is None else device,
+        dtype=dtype,
+        granularity=granularity,
+        io=io,
+        num_readers=num_readers,
+        enable_preloading=enable_preloading,
+        on_missing=on_missing,
+    )
+    model = build_without_weights(model_fn)
+    Runtime(model, source, options)
+    return model

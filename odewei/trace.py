@@ -1,0 +1,102 @@
+"""A dry run: the order in which units are entered, found out without reading one weight.
+
+The model's forward runs with every parameter, buffer and input on the meta device, so that operations compute shapes only.
+Nothing else may use the model meanwhile. A forward that looks at values (``.item()``, a mask that asks whether it is all ones)
+cannot run like this; the first real pass then finds the order out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from odewei.errors import TraceError
+from odewei.runtime import Runtime, runtime_of
+
+__all__ = ["Trace", "trace"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The names of the units in the order in which one pass enters them, repeats included."""
+
+    units: tuple[str, ...]
+
+
+def trace(model: nn.Module, /, *args: object, **kwargs: object) -> Trace:
+    """Run ``model(*args, **kwargs)`` without weights, and expect the next passes to go the same way.
+
+    No weight is read. Inputs are not changed; outputs are thrown away. Raises TraceError, with its cause, when the forward
+    needs values; the model works all the same.
+    """
+    runtime = runtime_of(model)
+    entered: list[int] = []
+    with torch.no_grad(), _without_weights(model, runtime, entered):
+        try:
+            model.forward(*_to_meta(args), **_to_meta(kwargs))
+        except Exception as error:
+            raise TraceError(
+                f"the forward needs values that a dry run does not have: {type(error).__name__}: {error}",
+                module=type(model).__name__,
+                cure="Leave trace() out: the first real pass finds the order out",
+            ) from error
+    runtime.seed(entered)
+    return Trace(tuple(runtime.units[unit].name for unit in entered))
+
+
+def _to_meta(inputs: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), inputs)
+
+
+@contextmanager
+def _without_weights(model: nn.Module, runtime: Runtime, entered: list[int]) -> Iterator[None]:
+    """Swap every parameter and buffer for a meta one, and the hooks for ones that only take notes; then back."""
+    made: dict[int, Any] = {}
+
+    def meta(tensor: Any) -> Any:
+        if tensor is None:
+            return None
+        if id(tensor) not in made:
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            made[id(tensor)] = nn.Parameter(like, requires_grad=False) if isinstance(tensor, nn.Parameter) else like
+        return made[id(tensor)]
+
+    modules = dict(model.named_modules())
+    saved = {name: {slot: vars(module)[slot] for slot in _slots(module)} for name, module in modules.items()}
+    notes = _note_takers(runtime.hooked_modules(), entered)
+    try:
+        for name, module in modules.items():
+            own = vars(module)
+            own["_parameters"] = {key: meta(value) for key, value in dict.items(own["_parameters"])}
+            own["_buffers"] = {key: meta(value) for key, value in own["_buffers"].items()}
+            if "_flat_weights" in own:
+                own["_flat_weights"] = [own["_parameters"][key] for key in module._flat_weights_names]  # type: ignore[union-attr]
+            own["_forward_pre_hooks"] = {-1: notes[name]} if name in notes else {}
+            own["_forward_hooks"] = {}
+        for unit in runtime.hooked_modules().get("", ()):
+            entered.append(unit)
+        yield
+    finally:
+        for name, module in modules.items():
+            vars(module).update(saved[name])
+
+
+def _slots(module: nn.Module) -> Sequence[str]:
+    slots = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks", "_flat_weights")
+    return [slot for slot in slots if slot in vars(module)]
+
+
+def _note_takers(hooked: Mapping[str, Sequence[int]], entered: list[int]) -> dict[str, Any]:
+    def taker(units: Sequence[int]) -> Any:
+        def note(module: nn.Module, args: Any) -> None:
+            entered.extend(units)
+
+        return note
+
+    return {name: taker(units) for name, units in hooked.items()}
