@@ -39,8 +39,10 @@ def group() -> click.Group:
     """The command with its subcommands. Raises ModuleNotFoundError where click is missing."""
     import click
 
+    from odewei import __version__
+
     @click.group()
-    @click.version_option(package_name="odewei", prog_name="odewei")
+    @click.version_option(__version__, prog_name="odewei")
     def odewei() -> None:
         """Run PyTorch models whose weights do not fit in memory."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import odewei
 from odewei import cli
 from odewei.demo import real_weights, show
 from odewei.demo.real_weights import RealWeightsResult
@@ -22,10 +23,10 @@ def invoke(*arguments: object) -> Result:
 
 
 def test_version() -> None:
-    """--version prints the version of the installed package."""
+    """--version prints the version of the library."""
     result = invoke("--version")
     assert result.exit_code == 0
-    assert result.output.startswith("odewei, version 0.")
+    assert result.output == f"odewei, version {odewei.__version__}\n"
 
 
 def test_help_names_the_demo_and_its_options() -> None:
@@ -37,7 +38,7 @@ def test_help_names_the_demo_and_its_options() -> None:
 
 
 def test_demo_at_a_tiny_size(tmp_path: Path) -> None:
-    """The demonstration writes a checkpoint, streams it, compares it, and ends with status 0; the second run reuses it."""
+    """The demonstration writes a checkpoint, streams and compares it, and ends well; the next run reuses it."""
     first = invoke(*TINY, "--cache-dir", tmp_path)
     assert first.exit_code == 0, first.output
     for text in ("wrote a checkpoint", "no prefetch", "resident", "equal bit for bit"):

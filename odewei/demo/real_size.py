@@ -19,6 +19,7 @@ import odewei
 from odewei.demo.needs import available_memory_bytes, need_package
 from odewei.demo.synthetic import LlamaShape, model_fn
 from odewei.loaders import open_checkpoint
+from odewei.scheduler.budget import format_nbytes
 from odewei.torch import init_on_demand_weights_model
 
 __all__ = ["ModeFigures", "RealSizeResult", "RealSizeSettings", "run_real_size"]
@@ -123,7 +124,7 @@ def _why_not_resident(weights_bytes: int) -> str | None:
     needed = int(weights_bytes * _RESIDENT_ROOM)
     if available is None or available >= needed:
         return None
-    return f"it needs {needed / 1e9:.2f} GB of memory, {available / 1e9:.2f} GB are available"
+    return f"it needs {format_nbytes(needed)} of memory, {format_nbytes(available)} are available"
 
 
 def _streamed(

@@ -88,11 +88,11 @@ def _run_real_size(console: Console, settings: DemoSettings) -> bool:
 
 @contextmanager
 def _writing(console: Console, nbytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar that is there only if something is written, moved by the function that is given."""
+    """A bar on a terminal, from the first call of the given function (bytes done so far) on."""
     columns = (TextColumn("writing a checkpoint"), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=nbytes)
-        yield lambda done: bar.update(task, completed=done)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=nbytes, visible=False)
+        yield lambda done: bar.update(task, completed=done, visible=True)
 
 
 def _print_real_size(console: Console, result: RealSizeResult) -> None:
@@ -103,7 +103,7 @@ def _print_real_size(console: Console, result: RealSizeResult) -> None:
     )
     table = Table(title=f"the first pass, then the median of {run.passes}", caption="first s: building included")
     table.add_column("", no_wrap=True)
-    for heading in ("first s", "s/pass", "GB read/pass", "peak weights", "same bits"):
+    for heading in ("first s", "s/pass", "read/pass", "peak weights", "same bits"):
         table.add_column(heading, justify="right")
     for figures in result.modes:
         table.add_row(*_cells(figures))
@@ -121,7 +121,7 @@ def _cells(figures: ModeFigures) -> tuple[str, ...]:
         figures.mode,
         f"{figures.first_seconds:.2f}",
         f"{figures.median_seconds:.3f}",
-        f"{figures.read_bytes / 1e9:.2f}",
+        format_nbytes(figures.read_bytes),
         format_nbytes(figures.peak_bytes),
         equal,
     )

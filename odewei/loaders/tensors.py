@@ -115,7 +115,7 @@ def read_tensor(loader: WeightsLoader, info: WeightInfo, dtype: torch.dtype | No
     wanted = loader.dtype if dtype is None else dtype
     with torch.inference_mode(False), torch.no_grad():
         raw = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
-        loader.read_into(info, memoryview(raw.numpy()))
+        loader.read_into(info, raw.numpy().data)
         tensor = view_as_weight(raw, info)
         return tensor.to(wanted) if wanted is not None and is_castable(info.dtype) else tensor
 

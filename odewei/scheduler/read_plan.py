@@ -3,9 +3,13 @@
 Every tensor lands at a multiple of 64 bytes (see ``slabs.ALIGNMENT``). Files place their tensors at multiples of 8 or less, so
 there are two ways for a direct read, which must begin and end at pages of the file and of memory:
 
-- *in place*: large stretches whose tensors lie at multiples of 64 in the file are read straight to where they stay;
+- *in place*: large stretches whose tensors all lie at the same distance from multiples of 64 in the file are read straight
+  to where they stay, in large chunks; if that distance is not 0, the reader thread moves each chunk down by it;
 - *copied*: all else is read a scratch buffer at a time, and the reader thread copies each tensor to its place, casting
-  on the way if asked. The scratch is small enough to stay in the processor's cache.
+  on the way if asked.
+
+Few large reads matter more than the copy that they save: while the model computes on every core, each time a reader has to wake
+up costs it milliseconds of waiting for a core.
 
 A buffered read can begin anywhere and goes straight to its place unless it casts.
 """
@@ -83,13 +87,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class PlacedRead:
-    """Read ``nbytes`` bytes at ``offset`` of the file straight into the slab; at least ``needed`` must come."""
+    """Read ``nbytes`` bytes at ``offset`` of the file straight into the slab; at least ``needed`` must come.
+
+    With a ``shift``, one more page is read (into the scratch), and everything moves down by so many bytes: what lands in
+    the slab is the file from ``offset + shift`` on. Neighbouring reads do not touch each other's bytes.
+    """
 
     file: CheckpointFile
     offset: int
     nbytes: int
     needed: int
     slab_offset: int
+    shift: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +157,10 @@ class _Layout:
         in_place: list[list[tuple[Wanted, Span]]] = []
         others: list[list[tuple[Wanted, Span]]] = []
         for run in _runs((weight, span) for weight, span in in_files if span is not None):
-            for fits, stretch in groupby(run, key=self._fits_in_place):
+            for shift, stretch in groupby(run, key=self._shift):
                 piece = list(stretch)
                 large = _length(piece) >= _IN_PLACE_FROM
-                (in_place if fits and large else others).append(piece)
+                (in_place if shift is not None and large else others).append(piece)
         for piece in in_place:  # first, because they need whole pages
             self._read_in_place(piece)
         for piece in others:
@@ -170,9 +179,10 @@ class _Layout:
         size = round_up(self.used, PAGE if self.used >= PAGE else ALIGNMENT)
         return UnitReadPlan(size, placements, tuple(self._jobs(size)))
 
-    def _fits_in_place(self, item: tuple[Wanted, Span]) -> bool:
+    def _shift(self, item: tuple[Wanted, Span]) -> int | None:
+        """How far a weight read in place lies above a multiple of 64; None: it cannot be read in place."""
         weight, span = item
-        return self.settings.direct and not weight.casts and span.offset % ALIGNMENT == 0
+        return span.offset % ALIGNMENT if self.settings.direct and not weight.casts else None
 
     def _place(self, weight: Wanted) -> int:
         offset = self.offsets[weight.name] = round_up(self.used, ALIGNMENT)
@@ -182,14 +192,17 @@ class _Layout:
     def _read_in_place(self, piece: list[tuple[Wanted, Span]]) -> None:
         """Whole pages of the file to whole pages of the slab, in chunks."""
         file = piece[0][1].file
-        start, end = piece[0][1].offset, max(span.offset + span.nbytes for _, span in piece)
+        start, end = piece[0][1].offset, piece[-1][1].offset + piece[-1][1].nbytes
+        shift = start % ALIGNMENT
         first = start // PAGE * PAGE
         region = round_up(self.used, PAGE)
         for weight, span in piece:
-            self.offsets[weight.name] = region + span.offset - first
+            self.offsets[weight.name] = region + span.offset - first - shift
         for offset in range(first, end, self.settings.chunk_bytes):
             length = min(self.settings.chunk_bytes, end - offset)
-            self.reads.append(PlacedRead(file, offset, round_up(length, PAGE), length, region + offset - first))
+            needed = min(length + shift, end - offset)
+            slab_offset = region + offset - first
+            self.reads.append(PlacedRead(file, offset, round_up(length, PAGE), needed, slab_offset, shift))
         self.used = region + round_up(end - first, PAGE)
 
     def _read_piecewise(self, piece: list[tuple[Wanted, Span]]) -> None:

@@ -7,6 +7,7 @@ page cache instead.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import mmap
@@ -21,7 +22,7 @@ import torch
 from odewei.errors import OdeweiError, WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightsLoader
 from odewei.scheduler.read_plan import Cast, CopiedRead, LoaderRead, PlacedRead, Placement, Read, UnitReadPlan
-from odewei.scheduler.slabs import Bytes
+from odewei.scheduler.slabs import PAGE, Bytes
 
 __all__ = ["FileTable", "Job", "PlannedUnit", "Resized", "UnitReader", "cannot_read", "copy_cast", "open_direct", "tensors_over"]
 
@@ -103,10 +104,10 @@ class FileTable:
             self.keep(file, open(file.path, "rb", buffering=0, opener=self.opener))  # noqa: SIM115
         return self._open[file].fileno()
 
-    def read(self, file: CheckpointFile, buffer: memoryview, offset: int, needed: int) -> None:
-        """Fill at least ``needed`` bytes of ``buffer`` from ``offset`` on. Raises WeightReadError."""
+    def read(self, file: CheckpointFile, buffers: Sequence[Bytes], offset: int, needed: int) -> None:
+        """Fill the buffers, one after another, from ``offset`` on; at least ``needed`` bytes. Raises WeightReadError."""
         try:
-            found = self._read_fully(file, buffer, offset, needed)
+            found = self._read_fully(file, [memoryview(buffer) for buffer in buffers], offset, needed)
             file.check_unchanged(self.fd(file))
         except OSError as error:
             raise cannot_read(file, error) from error
@@ -131,11 +132,11 @@ class FileTable:
                 while table:
                     table.popitem()[1].close()
 
-    def _read_fully(self, file: CheckpointFile, buffer: memoryview, offset: int, needed: int) -> int:
+    def _read_fully(self, file: CheckpointFile, buffers: list[memoryview], offset: int, needed: int) -> int:
         found = failures = 0
         while found < needed:
             try:
-                count = os.preadv(self.fd(file), [buffer[found:]], offset + found)
+                count = os.preadv(self.fd(file), buffers, offset + found)
             except OSError as error:
                 if error.errno == errno.EINVAL and self.opener is not None and file not in self._buffered:
                     self._fall_back(file)  # refused here, or a short read has left an odd offset
@@ -147,6 +148,10 @@ class FileTable:
             if count == 0:
                 break
             found += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if count:
+                buffers[0] = buffers[0][count:]
         return found
 
     def _fall_back(self, file: CheckpointFile) -> None:
@@ -201,10 +206,15 @@ class _PlannedJob:
         match read:
             case PlacedRead():
                 target = slab[read.slab_offset : read.slab_offset + read.nbytes]
-                files.read(read.file, memoryview(target), read.offset, read.needed)  # type: ignore[arg-type]
+                if read.shift:
+                    following = files.scratch()[:PAGE]
+                    files.read(read.file, [target, following], read.offset, read.needed)
+                    _move_down(target, following, read.shift)
+                else:
+                    files.read(read.file, [target], read.offset, read.needed)
             case CopiedRead():
                 scratch = files.scratch()
-                files.read(read.file, memoryview(scratch[: read.nbytes]), read.offset, read.needed)  # type: ignore[arg-type]
+                files.read(read.file, [scratch[: read.nbytes]], read.offset, read.needed)
                 for part in read.parts:
                     source = scratch[part.scratch_offset : part.scratch_offset + part.nbytes]
                     copy_cast(source, slab[part.slab_offset :], part.cast)
@@ -220,6 +230,13 @@ class _PlannedJob:
                 if read.cast is not None:
                     copy_cast(source, slab[read.slab_offset :], read.cast)
         return read.needed if not isinstance(read, LoaderRead) else read.nbytes
+
+
+def _move_down(target: Bytes, following: Bytes, shift: int) -> None:
+    """Move ``target`` down by ``shift`` bytes, its end filled from ``following``. Lets other threads run meanwhile."""
+    kept = len(target) - shift
+    ctypes.memmove(target.ctypes.data, target.ctypes.data + shift, kept)
+    target[kept:] = following[:shift]
 
 
 def copy_cast(source: Bytes, target: Bytes, cast: Cast | None) -> None:
