@@ -2,9 +2,9 @@
 
     python benchmarks/figures.py [--size 4.15GB] [--budget 0.6GB] [--rounds 7] [--folder DIR] [--json FILE]
 
-Each round measures, one after another so that a slow minute of the machine hits all of them: a plain parallel direct read of
-the checkpoint's files, the resident model, odewei, and odewei's plain twin (``prefetch_depth=0``). Reads are direct, past the page
-cache, in all of them. What is printed are medians over the rounds, and the ratios of medians.
+Each round measures, one after another so that a slow minute of the machine hits all of them: a plain parallel direct
+read of the checkpoint's files, the resident model, odewei, and odewei's plain twin (``prefetch_depth=0``). Reads are
+direct, past the page cache, in all of them. What is printed are medians over the rounds, and the ratios of medians.
 
 - *512 tokens*: odewei over the slower of computing alone and reading alone. Must be at most 1.15.
 - *1 token*: bytes odewei reads a second over those of the plain read. Must be at least 0.90.
@@ -41,7 +41,9 @@ READERS = 4
 
 
 def plain_read(files: list[Path]) -> tuple[float, int]:
-    """Seconds and bytes of reading all files directly, ``READERS`` threads, ``CHUNK`` bytes at a time, and nothing else."""
+    """Seconds and bytes of reading all files directly, ``READERS`` threads, ``CHUNK`` bytes at a time, and nothing
+    else.
+    """
     jobs = [(path, offset) for path in files for offset in range(0, path.stat().st_size, CHUNK)]
     position, lock, counts = iter(jobs), threading.Lock(), [0] * READERS
     descriptors = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in files}
@@ -115,7 +117,9 @@ def rounds(count: int, measure: Callable[[], dict[str, float]]) -> dict[str, lis
 
 
 def streamed(model: nn.Module, tokens: int, passes: int = 2) -> tuple[float, float]:
-    """Seconds a pass and bytes read a pass, over passes in a row, so that reading ahead into the next pass counts for both."""
+    """Seconds a pass and bytes read a pass, over passes in a row, so that reading ahead into the next pass counts for
+    both.
+    """
     before = odewei.report(model).bytes_read
     seconds = sum(timed(model, tokens) for _ in range(passes))
     return seconds / passes, (odewei.report(model).bytes_read - before) / passes
@@ -167,7 +171,12 @@ def verdicts(figures: dict[str, dict[str, float]]) -> list[tuple[str, float, str
     floor = max(long["resident, s"], long["odewei, GB read"] / long["plain read, GB/s"])
     whole = max(long["resident, s"], long["plain read, s"])
     return [
-        ("512 tokens over max(computing, reading all)", long["odewei, s"] / whole, "<= 1.15", long["odewei, s"] <= 1.15 * whole),
+        (
+            "512 tokens over max(computing, reading all)",
+            long["odewei, s"] / whole,
+            "<= 1.15",
+            long["odewei, s"] <= 1.15 * whole,
+        ),
         ("512 tokens over max(computing, reading what was read)", long["odewei, s"] / floor, "", True),
         (
             "1 token: bandwidth over that of a plain read",
@@ -175,8 +184,12 @@ def verdicts(figures: dict[str, dict[str, float]]) -> list[tuple[str, float, str
             ">= 0.90",
             short["odewei, GB/s"] >= 0.9 * short["plain read, GB/s"],
         ),
-        ("fits: over resident at 128 tokens", fits["odewei, s"] / fits["resident, s"], "<= 1.03",
-         fits["odewei, s"] <= 1.03 * fits["resident, s"]),
+        (
+            "fits: over resident at 128 tokens",
+            fits["odewei, s"] / fits["resident, s"],
+            "<= 1.03",
+            fits["odewei, s"] <= 1.03 * fits["resident, s"],
+        ),
     ]
 
 

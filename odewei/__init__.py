@@ -1,8 +1,9 @@
 """odewei runs PyTorch models whose weights do not fit in memory, bit for bit as if they did.
 
-The way of a byte: a *loader* says where in the checkpoint it is → the *scheduler* decides that its unit is next and that there
-is room → a reader fills a *slab* → the forward pass enters the unit: its tensors are bound to the module → the layer computes →
-the lease ends → the unit stays while its next use is near, or its memory goes to the unit whose next use is nearer.
+The way of a byte: a *loader* says where in the checkpoint it is → the *scheduler* decides that its unit is next and
+that there is room → a reader fills a *slab* → the forward pass enters the unit: its tensors are bound to the module →
+the layer computes → the lease ends → the unit stays while its next use is near, or its memory goes to the unit whose
+next use is nearer.
 
 - ``odewei.torch``: ``init_on_demand_weights_model`` and the loaders; start there.
 - ``odewei.loaders``: where the bytes are. Knows files; knows nothing of modules, threads or asyncio.

@@ -1,9 +1,9 @@
 """Puts a unit's tensors into modules and takes them out again, by swapping a module's parameter dictionary.
 
-A streamed module has two: *bound*, an ordinary one with the real parameters, and *unbound*, whose lookup of one name loads the
-weight like any other access, while iterating it yields placeholders and loads nothing. Attribute access always hands out a
-real tensor, because torch leaves its fast paths when it sees a subclass. The bound one is in place when all units that the
-module draws from are resident.
+A streamed module has two: *bound*, an ordinary one with the real parameters, and *unbound*, whose lookup of one name
+loads the weight like any other access, while iterating it yields placeholders and loads nothing. Attribute access
+always hands out a real tensor, because torch leaves its fast paths when it sees a subclass. The bound one is in place
+when all units that the module draws from are resident.
 
 The driver's thread swaps; forward threads only look. Whatever they find is right: the real tensor, kept alive by their
 reference, or a load. Modules are held weakly, so that nothing here keeps a model alive.
@@ -147,7 +147,8 @@ class ModuleBinding:
     def _follow(self, module: nn.Module, parameters: Mapping[str, Any]) -> None:
         """Recurrent modules keep a second list of their weights."""
         if self._flat_names:
-            flat = [dict.get(parameters, name) for name in self._flat_names]  # type: ignore[arg-type]
+            items = dict(parameters.items())  # placeholders stay placeholders: nothing is looked up
+            flat = [items.get(name) for name in self._flat_names]
             module.__dict__["_flat_weights"] = flat
 
 
@@ -175,9 +176,7 @@ class Binder:
                 for use in weight.uses:
                     sources.setdefault(use.module, {})[use.local_name] = (index, weight.name)
         modules = dict(model.named_modules())
-        self._bindings = {
-            name: ModuleBinding(modules[name], found, self._load) for name, found in sources.items()
-        }
+        self._bindings = {name: ModuleBinding(modules[name], found, self._load) for name, found in sources.items()}
         for binding in self._bindings.values():
             binding.install(self._placeholders)
 
@@ -253,5 +252,3 @@ class Binder:
 
 def _flat_names(module: nn.Module) -> list[str] | None:
     return list(module._flat_weights_names) if isinstance(module, nn.RNNBase) else None
-
-

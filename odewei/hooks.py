@@ -1,8 +1,9 @@
 """Enter and leave: a module that units hang on takes their leases before its forward and returns them after.
 
 The hooks sit on the module at the root of a unit, not on every module that owns a weight: weights used without that
-module's forward load on access anyway (see ``binding``). They are registered with ``always_call=True``, so that an exception
-returns the leases; what a ``KeyboardInterrupt`` leaves behind is returned later, because each lease knows its frame.
+module's forward load on access anyway (see ``binding``). They are registered with ``always_call=True``, so that an
+exception returns the leases; what a ``KeyboardInterrupt`` leaves behind is returned later, because each lease knows
+its frame.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ class Matched:
 
 
 def bound_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype that a weight is bound with: only floating ones of at least 16 bits are cast, all others stay verbatim."""
+    """The dtype that a weight is bound with: only floating ones of at least 16 bits are cast, all others stay
+    verbatim.
+    """
     return wanted if wanted is not None and is_castable(stored) else stored
 
 
@@ -94,8 +96,8 @@ def load_buffers(
 ) -> int:
     """Load the persistent buffers for good, in place of those the model was built with. Returns their bytes.
 
-    Raises MissingWeightError for a persistent buffer that the checkpoint lacks (unless ``on_missing`` is "init": then it
-    stays as built), WeightMismatchError for another shape, ModelError for a buffer that has no values at all.
+    Raises MissingWeightError for a persistent buffer that the checkpoint lacks (unless ``on_missing`` is "init": then
+    it stays as built), WeightMismatchError for another shape, ModelError for a buffer that has no values at all.
     """
     wanted = {
         f"{prefix}.{name}" if prefix else name: (module, name)
@@ -156,12 +158,15 @@ def init_missing(model: nn.Module, missing: Sequence[Weight], dtype: torch.dtype
             modules[use.module]._parameters[use.local_name] = made
             owners.setdefault(use.module, modules[use.module])
     for name, module in owners.items():
-        reset = initialise if initialise is not None else getattr(module, "reset_parameters", None)
-        if reset is None:
-            raise ModelError(
-                "a missing weight cannot be initialised: its module has no reset_parameters()",
-                module=name,
-                cure="Add the weight to the checkpoint, or give the module a reset_parameters method",
-            )
+        reset = None if initialise is not None else getattr(module, "reset_parameters", None)
         with torch.no_grad():
-            reset(module) if initialise is not None else reset()
+            if initialise is not None:
+                initialise(module)
+            elif reset is not None:
+                reset()
+            else:
+                raise ModelError(
+                    "a missing weight cannot be initialised: its module has no reset_parameters()",
+                    module=name,
+                    cure="Add the weight to the checkpoint, or give the module a reset_parameters method",
+                )

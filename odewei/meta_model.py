@@ -1,12 +1,12 @@
 """Builds the user's model without its weights: parameters on the meta device, buffers real.
 
-Checkpoints do not hold non-persistent buffers (rotary frequencies, masks, position ids), so these must come out as in a
-normally built model; parameters must not exist, not even for a moment. While the model function runs, large factory calls
-go to the meta device and small ones stay real; parameters become meta when a module registers them.
+Checkpoints do not hold non-persistent buffers (rotary frequencies, masks, position ids), so these must come out as in
+a normally built model; parameters must not exist, not even for a moment. While the model function runs, large factory
+calls go to the meta device and small ones stay real; parameters become meta when a module registers them.
 
-That is a guess about which tensors are parameters-to-be. Where it was wrong (a large mask came out meta, or the function
-computed with a tensor that has no values) the model is built once more with every factory call real: then only parameters
-become meta, one at a time, when they are registered.
+That is a guess about which tensors are parameters-to-be. Where it was wrong (a large mask came out meta, or the
+function computed with a tensor that has no values) the model is built once more with every factory call real: then
+only parameters become meta, one at a time, when they are registered.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _FACTORIES = frozenset(
 def build_without_weights(model_fn: Callable[[], nn.Module]) -> nn.Module:
     """Call ``model_fn`` so that parameters take no memory. Raises ModelError if it does not return a module.
 
-    All parameters of the result that were created in the call are on the meta device and keep their identity (ties), dtype
-    and ``requires_grad``; no buffer is. Not for use from several threads at once: building is serialised.
+    All parameters of the result that were created in the call are on the meta device and keep their identity (ties),
+    dtype and ``requires_grad``; no buffer is. Not for use from several threads at once: building is serialised.
     """
     redirect = _LargeFactoriesToMeta()
     try:
@@ -53,7 +53,9 @@ def meta_tensors(model: nn.Module) -> Iterator[str]:
     """Names of tensors on the meta device that are reachable from modules and are not parameters."""
     for prefix, module in model.named_modules():
         for name, value in (*module._buffers.items(), *vars(module).items()):
-            values = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else (value,)
+            values = (
+                value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else (value,)
+            )
             if name not in ("_parameters", "_modules", "_buffers") and any(
                 isinstance(one, torch.Tensor) and one.is_meta and not isinstance(one, nn.Parameter) for one in values
             ):
@@ -82,7 +84,7 @@ class _LargeFactoriesToMeta(TorchFunctionMode):
         super().__init__()
         self.redirected = False
 
-    def __torch_function__(  # type: ignore[override]
+    def __torch_function__(
         self,
         func: Callable[..., Any],
         types: tuple[type, ...],
@@ -90,7 +92,12 @@ class _LargeFactoriesToMeta(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _FACTORIES and "out" not in kwargs and kwargs.get("device") is None and _numel(args, kwargs) > _LARGE:
+        if (
+            func in _FACTORIES
+            and "out" not in kwargs
+            and kwargs.get("device") is None
+            and _numel(args, kwargs) > _LARGE
+        ):
             kwargs["device"] = "meta"
             kwargs.pop("pin_memory", None)
             if kwargs.get("generator") is not None:
@@ -117,7 +124,9 @@ _building = threading.Lock()
 
 @contextmanager
 def _parameters_become_meta() -> Iterator[None]:
-    """While inside, this thread's modules register parameters as meta tensors. One real tensor gives one meta parameter."""
+    """While inside, this thread's modules register parameters as meta tensors. One real tensor gives one meta
+    parameter.
+    """
     thread = threading.current_thread()
     register = nn.Module.register_parameter
     made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -131,7 +140,7 @@ def _parameters_become_meta() -> Iterator[None]:
         register(module, name, param)
 
     with _building:
-        nn.Module.register_parameter = register_as_meta  # type: ignore[method-assign]
+        nn.Module.register_parameter = register_as_meta  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

@@ -53,12 +53,16 @@ class Options:
         enable_preloading: bool,
         on_missing: str,
     ) -> Options:
-        """Validate. Raises OptionsError for a value that cannot work, NotImplementedError for one that cannot work yet."""
+        """Validate. Raises OptionsError for a value that cannot work, NotImplementedError for one that cannot work
+        yet.
+        """
         _check_host_budget(host_budget)
         if num_readers < 1 or isinstance(num_readers, bool):
             raise OptionsError(f"num_readers={num_readers!r} cannot work", cure="Use at least 1; 4 suits most disks")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and _is_cast_target(dtype)):
-            raise OptionsError(f"dtype={dtype!r} is no floating dtype of at least 16 bits", cure="Use torch.bfloat16, say")
+            raise OptionsError(
+                f"dtype={dtype!r} is no floating dtype of at least 16 bits", cure="Use torch.bfloat16, say"
+            )
         if not callable(granularity):
             _check_choice("granularity", granularity, ("auto", "block", "leaf"))
         _check_choice("io", io, ("auto", "direct", "buffered"))
@@ -174,7 +178,9 @@ def _device(device: torch.device | str | None) -> torch.device:
     except RuntimeError as error:
         raise OptionsError(f"device={device!r} is not a device: {error}", cure="Use 'cpu'") from error
     if found.type != "cpu":
-        raise NotImplementedError(f"device={str(found)!r}: only the CPU is supported yet; leave device at None or 'cpu'")
+        raise NotImplementedError(
+            f"device={str(found)!r}: only the CPU is supported yet; leave device at None or 'cpu'"
+        )
     return found
 
 

@@ -1,8 +1,8 @@
 """A parameter whose bytes are elsewhere: shape, dtype, device and ``requires_grad`` without storage.
 
-It is what *iterating* the parameters of a streamed model yields (``parameters()``, ``named_parameters()``), so that code that asks
-a model for its device or dtype hears the truth and loads nothing. It is an ``nn.Parameter`` to ``isinstance``. An operation
-that reaches it loads the weight and goes on with the real tensor.
+It is what *iterating* the parameters of a streamed model yields (``parameters()``, ``named_parameters()``), so that
+code that asks a model for its device or dtype hears the truth and loads nothing. It is an ``nn.Parameter`` to
+``isinstance``. An operation that reaches it loads the weight and goes on with the real tensor.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ class Placeholder(torch.Tensor):
         stride: tuple[int, ...] | None,
         fetch: Fetch,
     ) -> Placeholder:
-        """``fetch`` returns the real tensor, loading it if need be; any thread calls it when an operation needs the values."""
+        """``fetch`` returns the real tensor, loading it if need be; any thread calls it when an operation needs the
+        values.
+        """
         with torch.inference_mode(False), torch.no_grad():
-            made: Placeholder = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                Placeholder, shape, strides=stride, dtype=dtype, device="cpu", requires_grad=False
+            made: Placeholder = torch.Tensor._make_wrapper_subclass(
+                Placeholder, shape, strides=stride, dtype=dtype, device=torch.device("cpu"), requires_grad=False
             )
         made.weight_name = name
         made._fetch = fetch
@@ -44,7 +46,7 @@ class Placeholder(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: tuple[type, ...],
@@ -75,7 +77,8 @@ class Placeholder(torch.Tensor):
         return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return torch.nn.Parameter(self.fetch().detach().clone(), requires_grad=False).__reduce_ex__(protocol)
+        real = torch.nn.Parameter(self.fetch().detach().clone(), requires_grad=False)
+        return real.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Placeholder({self.weight_name!r}, {tuple(self.shape)}, {self.dtype}, on demand)"

@@ -17,7 +17,8 @@ class Report:
     - ``stalls``: accesses that waited, ``stall_seconds`` in all: the *exposed* reading.
     - ``compute_seconds``: inside the model and not stalled. With several threads at once, summed over them.
     - ``read_seconds``: at least one read was running; what of it was not stalled is the *hidden* reading.
-    - ``peak_bytes``: the most weight memory there ever was, in flight and free slabs included, against ``budget_bytes``.
+    - ``peak_bytes``: the most weight memory there ever was, in flight and free slabs included, against
+      ``budget_bytes``.
     - ``overdrafts``: units that a forward needed when nothing could leave, so that the budget was exceeded, by
       ``worst_overdraft_bytes`` at most. ``escapes``: units whose memory somebody held on to after they had left.
     - ``buffer_bytes``: buffers, which are loaded once and are not part of the budget.
@@ -73,15 +74,23 @@ class Report:
             ("peak", f"{format_nbytes(self.peak_bytes)}, resident now {format_nbytes(self.resident_bytes)}"),
             ("buffers", format_nbytes(self.buffer_bytes)),
             ("passes", f"{self.passes}"),
-            ("read", f"{format_nbytes(self.bytes_read)} in {self.read_seconds:.2f} s, {self.bandwidth / 1e9:.2f} GB/s, "
-             + ("direct" if self.direct_io else "buffered")),
+            (
+                "read",
+                f"{format_nbytes(self.bytes_read)} in {self.read_seconds:.2f} s, {self.bandwidth / 1e9:.2f} GB/s, "
+                + ("direct" if self.direct_io else "buffered"),
+            ),
             ("hits", f"{self.hits} of {self.accesses} accesses, {self.mispredictions} mispredicted"),
             ("computing", f"{self.compute_seconds:.2f} s"),
-            ("reading", f"{self.hidden_seconds:.2f} s hidden, {self.stall_seconds:.2f} s exposed in {self.stalls} stalls"),
+            (
+                "reading",
+                f"{self.hidden_seconds:.2f} s hidden, {self.stall_seconds:.2f} s exposed in {self.stalls} stalls",
+            ),
             ("floor", f"{self.floor_seconds:.2f} s, reached to a factor of {self.ratio_to_floor:.2f}"),
         ]
         if self.overdrafts:
-            rows.append(("over budget", f"{self.overdrafts} times, by {format_nbytes(self.worst_overdraft_bytes)} at most"))
+            rows.append(
+                ("over budget", f"{self.overdrafts} times, by {format_nbytes(self.worst_overdraft_bytes)} at most")
+            )
         if self.escapes:
             rows.append(("escaped", f"{self.escapes} units were still held by somebody when they left"))
         width = max(len(name) for name, _ in rows)

@@ -1,6 +1,7 @@
 """One streamed model: its source, units, scheduler, hooks; its life and its report.
 
-The runtime holds the model weakly; the model holds the runtime through its hooks. When the model dies the runtime closes.
+The runtime holds the model weakly; the model holds the runtime through its hooks. When the model dies the runtime
+closes.
 """
 
 from __future__ import annotations
@@ -180,9 +181,7 @@ class Runtime:
 
     def _reader(self, unit: Unit, infos: Mapping[str, WeightInfo], sizes: Mapping[str, int]) -> UnitReader:
         if isinstance(self._source, CallableLoader):
-            expected = [
-                Expected(weight.name, weight.shape, weight.dtype, weight.aliases) for weight in unit.weights
-            ]
+            expected = [Expected(weight.name, weight.shape, weight.dtype, weight.aliases) for weight in unit.weights]
             module = unit.hooked[0]
             return CallableUnit(module, expected, self._source.load, self._pool, self._cast, sizes.__contains__)
         wanted = [
@@ -202,8 +201,8 @@ class Runtime:
             largest = max(range(len(self.units)), key=lambda index: self._readers[index].nbytes)
             size = format_nbytes(self._readers[largest].nbytes)
             raise BudgetTooSmallError(
-                f"the budget of {self.budget.limit_bytes} bytes ({format_nbytes(self.budget.limit_bytes)}) cannot hold what "
-                f"one step of the model needs at once; its largest unit has {size}",
+                f"the budget of {self.budget.limit_bytes} bytes ({format_nbytes(self.budget.limit_bytes)}) cannot hold "
+                f"what one step of the model needs at once; its largest unit has {size}",
                 module=self.units[largest].name,
                 weight=max(self.units[largest].weights, key=lambda weight: weight.parameter.numel()).name,
                 cure=f"The smallest memory_budget that works is {needed} bytes ({format_nbytes(needed)})",

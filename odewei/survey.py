@@ -50,7 +50,9 @@ class Weight:
 
 
 def survey(model: nn.Module) -> Sequence[Weight]:
-    """The distinct parameters of a model in definition order. A module that appears twice counts under its first name."""
+    """The distinct parameters of a model in definition order. A module that appears twice counts under its first
+    name.
+    """
     uses: dict[int, list[Use]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():

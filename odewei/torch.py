@@ -57,26 +57,29 @@ def init_on_demand_weights_model(
 ) -> nn.Module:
     """Build a model whose weights are read from a checkpoint when they are needed, ahead of their need.
 
-    The result is what ``model_fn`` returned, of the same class, and computes the same bits as the model with all weights in
-    memory (``load_state_dict(..., assign=True)``). Its weights are frozen (``requires_grad`` is False). Calls may come from
-    any thread. It is in the mode ``model_fn`` left it in: call ``.eval()`` where the resident model would be.
+    The result is what ``model_fn`` returned, of the same class, and computes the same bits as the model with all
+    weights in memory (``load_state_dict(..., assign=True)``). Its weights are frozen (``requires_grad`` is False).
+    Calls may come from any thread. It is in the mode ``model_fn`` left it in: call ``.eval()`` where the resident
+    model would be.
 
     Args:
         model_fn: builds the module. It runs with parameters on the meta device, so that it takes no memory for weights.
-        weights_loader_fn: a loader of ``odewei.loaders``; a path of a checkpoint; a mapping of names to tensors; or a function
-            ``(module_name, weight_names) -> {name: tensor}``, which is called in a reader thread.
-        prefetch_depth: how many units (layers, mostly) to read ahead of their use; 0 reads each when it is needed, without
-            any thread; "auto" reads ahead as far as keeps the disk busy.
-        memory_budget: bytes of weights in memory at once, in flight included: an int, text such as "6GiB", or "auto": what
-            the machine and the process's limits can spare when the model is built.
+        weights_loader_fn: a loader of ``odewei.loaders``; a path of a checkpoint; a mapping of names to tensors; or a
+            function ``(module_name, weight_names) -> {name: tensor}``, which is called in a reader thread.
+        prefetch_depth: how many units (layers, mostly) to read ahead of their use; 0 reads each when it is needed,
+            without any thread; "auto" reads ahead as far as keeps the disk busy.
+        memory_budget: bytes of weights in memory at once, in flight included: an int, text such as "6GiB", or "auto":
+            what the machine and the process's limits can spare when the model is built. Each reader has a scratch of
+            at most 1 MiB besides, and buffers are not part of it.
         host_budget: for accelerators, which are not supported yet; anything but "auto" raises NotImplementedError.
-        device: the execution device; only the CPU is supported yet, anything else raises NotImplementedError. Default: the
-            loader's, else "cpu".
+        device: the execution device; only the CPU is supported yet, anything else raises NotImplementedError.
+            Default: the loader's, else "cpu".
         dtype: floating weights of 16 bits and more are cast to it on load. Default: the loader's, else as stored.
-        granularity: what is read together. "auto": the model's blocks, cut finer where the budget asks for it; "block":
-            never finer; "leaf": every module by itself; or ``(name, module) -> bool``: True makes the module one unit.
-        io: "direct" reads past the page cache, "buffered" through it, "auto" directly when the cache could not hold the
-            weights anyway.
+        granularity: what is read together. "auto": the model's blocks, cut finer where the budget asks for it;
+            "block": blocks, never finer; "leaf": every module by itself; or ``(name, module) -> bool``: True makes the
+            module one unit.
+        io: "direct" reads past the page cache, "buffered" through it, "auto" directly when the cache could not hold
+            the weights anyway.
         num_readers: reader threads. More than 4 seldom helps.
         enable_preloading: False is the same as ``prefetch_depth=0``.
         on_missing: a weight that the checkpoint lacks: "error", or "init" to initialise it as the model would.

@@ -1,8 +1,8 @@
 """A dry run: the order in which units are entered, found out without reading one weight.
 
-The model's forward runs with every parameter, buffer and input on the meta device, so that operations compute shapes only.
-Nothing else may use the model meanwhile. A forward that looks at values (``.item()``, a mask that asks whether it is all ones)
-cannot run like this; the first real pass then finds the order out.
+The model's forward runs with every parameter, buffer and input on the meta device, so that operations compute shapes
+only. Nothing else may use the model meanwhile. A forward that looks at values (``.item()``, a mask that asks whether
+it is all ones) cannot run like this; the first real pass then finds the order out.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Trace:
 def trace(model: nn.Module, /, *args: object, **kwargs: object) -> Trace:
     """Run ``model(*args, **kwargs)`` without weights, and expect the next passes to go the same way.
 
-    No weight is read. Inputs are not changed; outputs are thrown away. Raises TraceError, with its cause, when the forward
-    needs values; the model works all the same.
+    No weight is read. Inputs are not changed; outputs are thrown away. Raises TraceError, with its cause, when the
+    forward needs values; the model works all the same.
     """
     runtime = runtime_of(model)
     entered: list[int] = []
@@ -68,15 +68,15 @@ def _without_weights(model: nn.Module, runtime: Runtime, entered: list[int]) -> 
         return made[id(tensor)]
 
     modules = dict(model.named_modules())
-    saved = {name: {slot: vars(module)[slot] for slot in _slots(module)} for name, module in modules.items()}
+    saved = {name: {slot: module.__dict__[slot] for slot in _slots(module)} for name, module in modules.items()}
     notes = _note_takers(runtime.hooked_modules(), entered)
     try:
         for name, module in modules.items():
-            own = vars(module)
+            own = module.__dict__
             own["_parameters"] = {key: meta(value) for key, value in dict.items(own["_parameters"])}
             own["_buffers"] = {key: meta(value) for key, value in own["_buffers"].items()}
             if "_flat_weights" in own:
-                own["_flat_weights"] = [own["_parameters"][key] for key in module._flat_weights_names]  # type: ignore[union-attr]
+                own["_flat_weights"] = [own["_parameters"][key] for key in module._flat_weights_names]
             own["_forward_pre_hooks"] = {-1: notes[name]} if name in notes else {}
             own["_forward_hooks"] = {}
         for unit in runtime.hooked_modules().get("", ()):
@@ -84,12 +84,12 @@ def _without_weights(model: nn.Module, runtime: Runtime, entered: list[int]) -> 
         yield
     finally:
         for name, module in modules.items():
-            vars(module).update(saved[name])
+            module.__dict__.update(saved[name])
 
 
 def _slots(module: nn.Module) -> Sequence[str]:
     slots = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks", "_flat_weights")
-    return [slot for slot in slots if slot in vars(module)]
+    return [slot for slot in slots if slot in module.__dict__]
 
 
 def _note_takers(hooked: Mapping[str, Sequence[int]], entered: list[int]) -> dict[str, Any]:

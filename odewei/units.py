@@ -1,10 +1,10 @@
 """Cuts a model into units: the weights that come and go together. Pure: reads the module tree, changes nothing.
 
-The blocks of a model are the children of its ``ModuleList``, ``Sequential`` and ``ModuleDict``; each block is a unit unless
-it is larger than a fair share of the budget. A block that holds a list of equals (experts, of which few are used at a time)
-goes down to them, and what is left of it is one unit. Outside of the blocks, the largest modules without blocks are units.
-Weights of a module that has units below it form a unit of their own. A tied weight whose users lie in different units is a
-unit that all of them need.
+The blocks of a model are the children of its ``ModuleList``, ``Sequential`` and ``ModuleDict``; each block is a unit
+unless it is larger than a fair share of the budget. A block that holds a list of equals (experts, of which few are
+used at a time) goes down to them, and what is left of it is one unit. Outside of the blocks, the largest modules
+without blocks are units. Weights of a module that has units below it form a unit of their own. A tied weight whose
+users lie in different units is a unit that all of them need.
 """
 
 from __future__ import annotations
@@ -146,8 +146,10 @@ class _Cutter:
         found: list[str] = []
         for child, module in self._modules.items():
             inside = child.startswith(f"{name}.") if name else bool(child)
-            if not inside or not isinstance(module, nn.ModuleList | nn.ModuleDict) or any(
-                child.startswith(f"{expert}.") for expert in found
+            if (
+                not inside
+                or not isinstance(module, nn.ModuleList | nn.ModuleDict)
+                or any(child.startswith(f"{expert}.") for expert in found)
             ):
                 continue
             grand = self._children(child)

@@ -1,4 +1,4 @@
-"""What the demonstration needs beside odewei: other packages, memory and disk. Each lack is one clear error."""
+"""What the demonstration needs beside odewei: other packages, and room on the disk. Each lack is one clear error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from odewei.errors import OdeweiError
 from odewei.scheduler.budget import format_nbytes
 
-__all__ = ["available_memory_bytes", "default_cache_dir", "need_disk", "need_package"]
+__all__ = ["default_cache_dir", "need_disk", "need_folder", "need_package"]
 
 _DISK_RESERVE_BYTES = 64 * 1024**2
 
@@ -33,13 +33,14 @@ def need_disk(folder: Path, nbytes: int, cure: str) -> None:
         )
 
 
-def available_memory_bytes() -> int | None:
-    """Memory that programs can still have without swapping (``MemAvailable``); None where the system does not say."""
+def need_folder(folder: Path, cure: str) -> None:
+    """Make ``folder`` if it is not there. Raises OdeweiError unless files can be written in it."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OdeweiError(f"the folder cannot be made ({error.strerror})", file=str(folder), cure=cure) from error
+    if not os.access(folder, os.W_OK):
+        raise OdeweiError("the folder cannot be written to", file=str(folder), cure=cure)
 
 
 def default_cache_dir() -> Path:

@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 
 import odewei
-from odewei.demo.needs import available_memory_bytes, need_package
+from odewei.demo.needs import need_package
 from odewei.demo.synthetic import LlamaShape, model_fn
 from odewei.loaders import open_checkpoint
+from odewei.options import available_bytes
 from odewei.scheduler.budget import format_nbytes
 from odewei.torch import init_on_demand_weights_model
 
@@ -120,9 +121,9 @@ def run_real_size(settings: RealSizeSettings, announce: Callable[[str], None] = 
 
 
 def _why_not_resident(weights_bytes: int) -> str | None:
-    available = available_memory_bytes()
+    available = available_bytes()
     needed = int(weights_bytes * _RESIDENT_ROOM)
-    if available is None or available >= needed:
+    if available >= needed:
         return None
     return f"it needs {format_nbytes(needed)} of memory, {format_nbytes(available)} are available"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from odewei.demo.needs import need_disk
+from odewei.demo.needs import need_disk, need_folder
 from odewei.errors import OptionsError
 from odewei.scheduler.budget import format_nbytes
 
@@ -171,8 +171,10 @@ def write_llama_checkpoint(
     that is larger) are in memory at a time. ``progress`` is called after each file with all bytes of weights written so
     far; what it raises ends the writing. ``folder`` appears complete or not at all, also when the process is
     killed; what a killed one left beside it is removed by the next. A second process waits for the first.
+
+    Raises OdeweiError, before anything is written, where the folder or the disk cannot take it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    need_folder(folder.parent, "Choose another folder")
     partial = folder.with_name(f".{folder.name}.partial")
     with _alone(folder.with_name(f".{folder.name}.lock")):
         if folder.exists():

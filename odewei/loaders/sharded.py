@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from odewei.errors import CheckpointError, MissingWeightError
-from odewei.loaders.base import WeightInfo
+from odewei.loaders.base import CheckpointFile, WeightInfo
 from odewei.loaders.checkpoint_index import read_index
 from odewei.loaders.file_loader import FileLoader
 from odewei.loaders.safetensors_file import SafetensorsLoader
@@ -26,7 +26,11 @@ TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 def open_weights_file(
     path: Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> SafetensorsLoader | TorchLoader:
-    """The loader for one file of weights, chosen by the end of its name. Raises CheckpointError for any other."""
+    """The loader for one file of weights, chosen by the end of its name.
+
+    Raises CheckpointNotFoundError, and CheckpointError for any other kind of file.
+    """
+    CheckpointFile.stat(path)
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
         return SafetensorsLoader(path, device=device, dtype=dtype)

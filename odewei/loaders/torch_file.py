@@ -56,7 +56,7 @@ class TorchLoader(FileLoader):
             entries = _entries(stream, file)
             stream.seek(0)
             tensors = self._pick(_load(stream, file), file)
-            if all(hasattr(tensor.untyped_storage(), "_checkpoint_offset") for tensor in tensors.values()):
+            if all(_offset(tensor) is not None for tensor in tensors.values()):
                 return {name: _located(name, tensor, entries, file) for name, tensor in tensors.items()}
         self._mapped = self._map(file)
         return {name: _info(name, tensor, None) for name, tensor in self._mapped.items()}
@@ -192,9 +192,16 @@ def _info(name: str, tensor: torch.Tensor, span: Span | None) -> WeightInfo:
     return WeightInfo(name, tensor.dtype, shape, span, None if stride == contiguous_stride(shape) else stride)
 
 
+def _offset(tensor: torch.Tensor) -> int | None:
+    """Where torch says that the tensor's storage begins in the file, or None."""
+    offset: int | None = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    return offset
+
+
 def _located(name: str, tensor: torch.Tensor, entries: Mapping[int, int], file: CheckpointFile) -> WeightInfo:
     """The weight with its span, if that lies within one entry of the archive."""
-    base: int = getattr(tensor.untyped_storage(), "_checkpoint_offset")  # noqa: B009, torch does not declare it
+    base = _offset(tensor)
+    assert base is not None
     nbytes = _info(name, tensor, None).nbytes
     first = int(tensor.storage_offset()) * tensor.dtype.itemsize
     if base not in entries or first < 0 or first + nbytes > entries[base]:
@@ -209,6 +216,8 @@ def _located(name: str, tensor: torch.Tensor, entries: Mapping[int, int], file: 
 
 def _copy_mapped(info: WeightInfo, tensor: torch.Tensor, file: CheckpointFile, buffer: memoryview) -> None:
     """Copy a mapped tensor's bytes. The file's size is looked at first: touching a page beyond its end kills."""
+    if buffer.nbytes != info.nbytes:
+        raise ValueError(f"{info.name} has {info.nbytes} bytes, the buffer {buffer.nbytes}")
     try:
         with open(file.path, "rb") as stream:
             file.check_unchanged(stream.fileno(), weight=info.name)

@@ -1,6 +1,7 @@
 """Budgets: every byte is reserved before it is allocated, and belongs to one owner.
 
-Knows numbers only. Not thread-safe by itself: whoever shares a budget between threads holds a lock (the slab pool does).
+Knows numbers only. Not thread-safe by itself: whoever shares a budget between threads holds a lock (the slab pool
+does).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def parse_nbytes(text: str) -> int:
     """Bytes from text such as ``"6GiB"``, ``"1.5 GB"`` or ``"4096"``. Raises OptionsError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
-        raise OptionsError(f"{text!r} is not a number of bytes", cure='Write for example 6_000_000_000, "6GB" or "6GiB"')
+        raise OptionsError(
+            f"{text!r} is not a number of bytes", cure='Write for example 6_000_000_000, "6GB" or "6GiB"'
+        )
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
@@ -46,8 +49,8 @@ class Reservation:
 class Budget:
     """At most ``limit_bytes`` reserved at a time; more only when asked for by name, and then counted.
 
-    Attributes: ``used_bytes`` now, ``peak_bytes`` ever, ``overdrafts`` how often a reservation went beyond the limit and
-    ``worst_overdraft_bytes`` by how much at most.
+    Attributes: ``used_bytes`` now, ``peak_bytes`` ever, ``overdrafts`` how often a reservation went beyond the limit
+    and ``worst_overdraft_bytes`` by how much at most.
     """
 
     limit_bytes: int

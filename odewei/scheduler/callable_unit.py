@@ -1,7 +1,8 @@
 """A unit whose weights come from a function of the user instead of places in files.
 
-The function runs in a reader thread. What it returns is copied into the unit's slab, aligned; what it returns beyond what
-was asked is kept while the budget has room, so that a function that reads whole shards is not asked for each twice.
+The function runs in a reader thread. What it returns is copied into the unit's slab, aligned; what it returns beyond
+what was asked is kept while the budget has room, so that a function that reads whole shards is not asked for each
+twice.
 """
 
 from __future__ import annotations
@@ -113,9 +114,7 @@ class CallableUnit:
         return tensor
 
 
-def _layout(
-    weights: Sequence[Expected], dtypes: Mapping[str, torch.dtype]
-) -> tuple[tuple[Placement, ...], int]:
+def _layout(weights: Sequence[Expected], dtypes: Mapping[str, torch.dtype]) -> tuple[tuple[Placement, ...], int]:
     placements, used = [], 0
     for weight in weights:
         offset = round_up(used, ALIGNMENT)

@@ -1,7 +1,7 @@
 """Doing what the ledger decides: shared by the plain, synchronous way and the prefetching one.
 
-A driver is the only one who moves units; the forward thread takes leases and waits. ``UnitClient`` is the model's side: it
-binds a unit's tensors when they arrive and lets go of them when the unit leaves. Knows nothing of modules.
+A driver is the only one who moves units; the forward thread takes leases and waits. ``UnitClient`` is the model's
+side: it binds a unit's tensors when they arrive and lets go of them when the unit leaves. Knows nothing of modules.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 Knows unit ids only. Pure: no clock, no locks, no input or output.
 
-The predicted future is what followed the longest recent match of the last few accesses in the past: one pointer into the
-past that advances as long as it is right, and is looked up again when it is wrong. Past its end the future repeats: a
-past that ends at ``end`` with the pointer at ``p`` predicts ``past[p:end]`` over and over. That covers plain loops, the wrap
-from the last layer to the first, an encoder once and its decoder many times, and a loop inside a pipeline. A wrong
-prediction costs a stall, never an error.
+The predicted future is what followed the longest recent match of the last few accesses in the past: one pointer into
+the past that advances as long as it is right, and is looked up again when it is wrong. Past its end the future
+repeats: a past that ends at ``end`` with the pointer at ``p`` predicts ``past[p:end]`` over and over. That covers
+plain loops, the wrap from the last layer to the first, an encoder once and its decoder many times, and a loop inside
+a pipeline. A wrong prediction costs a stall, never an error.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 Knows unit ids, sizes, threads. Knows nothing of modules, files or asyncio. One lock guards everything here; nothing is
 read, copied, allocated or bound while it is held. Order of locks: ledger, then slab pool.
 
-A *lease* says that a forward pass is inside a unit, so that it cannot be evicted. Leases decide what stays, never whether
-numbers are right: memory is freed by reference. A lease belongs to a frame. torch runs exit hooks for ``Exception`` only, so a
-``KeyboardInterrupt`` leaves leases behind; one whose frame has ended is returned when its thread next enters a unit, or
-when the room is needed.
+A *lease* says that a forward pass is inside a unit, so that it cannot be evicted. Leases decide what stays, never
+whether numbers are right: memory is freed by reference. A lease belongs to a frame. torch runs exit hooks for
+``Exception`` only, so a ``KeyboardInterrupt`` leaves leases behind; one whose frame has ended is returned when its
+thread next enters a unit, or when the room is needed.
 """
 
 from __future__ import annotations

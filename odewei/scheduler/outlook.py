@@ -3,9 +3,10 @@
 Knows unit ids and threads' names only. Not thread-safe: the ledger calls it under its lock.
 
 A thread counts while it is inside a forward pass, and the latest one always: what an idle thread would need next must
-neither hold memory nor fetch any. With one such thread a question costs O(log n) in the number of units: the absolute step
-of a unit's next use does not change while predictions are right, so the residents stay in a heap, and the search for the
-first missing unit goes on where it stopped. A wrong prediction, or several threads at once, makes both start anew.
+neither hold memory nor fetch any. With one such thread a question costs O(log n) in the number of units: the absolute
+step of a unit's next use does not change while predictions are right, so the residents stay in a heap, and the search
+for the first missing unit goes on where it stopped. A wrong prediction, or several threads at once, makes both start
+anew.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ class Outlook:
 
     def first_missing(self, is_missing: Callable[[int], bool]) -> tuple[int, int] | None:
         """The first unit of the predicted future that is missing, and the accesses before it."""
-        found = [
-            hit for history in self._futures() if (hit := self._first_missing_of(history, is_missing)) is not None
-        ]
+        found = [hit for history in self._futures() if (hit := self._first_missing_of(history, is_missing)) is not None]
         return min(found, key=lambda hit: hit[1], default=None)
 
     def note_missing(self, unit: int) -> None:
@@ -105,7 +104,9 @@ class Outlook:
     def furthest_first(
         self, evictable: Callable[[int], bool], residents: Collection[int]
     ) -> Iterator[tuple[int, float]]:
-        """Evictable units with the distance to their next use, the furthest first; never-used ones by least recent use."""
+        """Evictable units with the distance to their next use, the furthest first; never-used ones by least recent
+        use.
+        """
         if self._stale or len(self._live) > 1:
             self._rebuild(residents)
         seen: list[tuple[float, int, int]] = []

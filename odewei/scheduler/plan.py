@@ -1,12 +1,13 @@
 """What to fetch next and what leaves for it. Pure functions over plain values: no locks, no clock, no memory.
 
-The rules are those of Cao, Felten, Karlin and Li, "A Study of Integrated Prefetching and Caching Strategies" (SIGMETRICS
-1995), over Belady's MIN: fetch the first missing unit of the predicted future; for it evicts the resident, unleased unit
-whose next use is furthest; never evict what is needed sooner than what is fetched; act at the first possible moment.
+The rules are those of Cao, Felten, Karlin and Li, "A Study of Integrated Prefetching and Caching Strategies"
+(SIGMETRICS 1995), over Belady's MIN: fetch the first missing unit of the predicted future; for it evicts the
+resident, unleased unit whose next use is furthest; never evict what is needed sooner than what is fetched; act at the
+first possible moment.
 
-One rule is added. Fetching as early as possible evicts as early as possible, and in a loop that turns every unit into a
-miss. So at most a *window* of units is fetched ahead of its use: the rest of the budget holds what is worth keeping, and a
-loop over S bytes under a budget of B reads S - B bytes plus the window a pass.
+One rule is added. Fetching as early as possible evicts as early as possible, and in a loop that turns every unit into
+a miss. So at most a *window* of units is fetched ahead of its use: the rest of the budget holds what is worth
+keeping, and a loop over S bytes under a budget of B reads S - B bytes plus the window a pass.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Candidate", "Decision", "Wish", "Window", "choose_victims", "decide"]
+__all__ = ["Candidate", "Decision", "Window", "Wish", "choose_victims", "decide"]
 
 
 class Candidate(NamedTuple):
@@ -94,10 +95,10 @@ def decide(
     """The next thing to do, or None: wait until something changes.
 
     ``wish`` is the most urgent missing unit: one that a forward waits for, else the first of the predicted future.
-    ``room_bytes`` can be had at once. ``reading_bytes`` are being read for nobody in particular, so that they can be evicted
-    when they have arrived: a demanded unit waits for that rather than going beyond the limit. ``leaving_bytes`` were evicted
-    and are still held by somebody: worth waiting for when prefetching, but never when a forward waits, which may be the
-    very holder.
+    ``room_bytes`` can be had at once. ``reading_bytes`` are being read for nobody in particular, so that they can be
+    evicted when they have arrived: a demanded unit waits for that rather than going beyond the limit.
+    ``leaving_bytes`` were evicted and are still held by somebody: worth waiting for when prefetching, but never when
+    a forward waits, which may be the very holder.
     """
     if wish is None:
         return None

@@ -1,9 +1,9 @@
 """The prefetching driver: one daemon thread with an asyncio loop, and a pool of reader threads.
 
-The loop's thread alone moves units. It decides as long as there is something to decide, starts reads, and sleeps until a
-forward thread, a finished read or a returned slab wakes it. Files are opened and read through aiofiles in the reader pool.
-Reads are cut into jobs that wait in one queue across units and passes, so that the disk is never idle between two layers;
-the jobs of a unit that a forward waits for go first.
+The loop's thread alone moves units. It decides as long as there is something to decide, starts reads, and sleeps
+until a forward thread, a finished read or a returned slab wakes it. Files are opened and read through aiofiles in the
+reader pool. Reads are cut into jobs that wait in one queue across units and passes, so that the disk is never idle
+between two layers; the jobs of a unit that a forward waits for go first.
 
 Nothing here holds the model: when the model dies, its finalizer closes the driver.
 """
@@ -111,7 +111,9 @@ class PrefetchingDriver(Driver):
             super().close()
 
     def _is_own_thread(self) -> bool:
-        """Whether the caller is the loop's thread or a reader: a finalizer may run in either, and must not wait for it."""
+        """Whether the caller is the loop's thread or a reader: a finalizer may run in either, and must not wait for
+        it.
+        """
         current = threading.current_thread()
         return current is self._thread or current.name.startswith(self._reader_prefix)
 
@@ -124,7 +126,7 @@ class PrefetchingDriver(Driver):
         except BaseException as error:
             reason = ClosedError(
                 f"the thread that reads the weights has died: {type(error).__name__}: {error}",
-                cure="This is a defect of odewei: please report it with the cause above. Build the model again to use it",
+                cure="This is a defect of odewei: please report it with the cause above, and build the model again",
             )
             reason.__cause__ = error
             raise
@@ -217,7 +219,7 @@ class PrefetchingDriver(Driver):
                     )
                 except OSError as error:
                     raise cannot_read(file, error) from error
-                self.files.keep(file, opened._file)
+                self.files.keep(file, opened._file)  # type: ignore[attr-defined]
 
 
 def _run_job(job: Job, slab: Bytes, files: FileTable) -> int:

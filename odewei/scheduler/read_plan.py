@@ -1,15 +1,16 @@
 """Where each byte of a unit is read from and put. Pure: no files are opened, no memory is touched.
 
-Every tensor lands at a multiple of 64 bytes (see ``slabs.ALIGNMENT``). Files place their tensors at multiples of 8 or less, so
-there are two ways for a direct read, which must begin and end at pages of the file and of memory:
+Every tensor lands at a multiple of 64 bytes (see ``slabs.ALIGNMENT``). Files place their tensors at multiples of 8 or
+less, so there are two ways for a direct read, which must begin and end at pages of the file and of memory:
 
-- *in place*: large stretches whose tensors all lie at the same distance from multiples of 64 in the file are read straight
-  to where they stay, in large chunks; if that distance is not 0, the reader thread moves each chunk down by it;
+- *in place*: large stretches whose tensors all lie at the same distance from multiples of 64 in the file are read
+  straight to where they stay, in large chunks; if that distance is not 0, the reader thread moves each chunk down by
+  it;
 - *copied*: all else is read a scratch buffer at a time, and the reader thread copies each tensor to its place, casting
   on the way if asked.
 
-Few large reads matter more than the copy that they save: while the model computes on every core, each time a reader has to wake
-up costs it milliseconds of waiting for a core.
+Few large reads matter more than the copy that they save: while the model computes on every core, each time a reader
+has to wake up costs it milliseconds of waiting for a core.
 
 A buffered read can begin anywhere and goes straight to its place unless it casts.
 """
@@ -25,7 +26,17 @@ import torch
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
 from odewei.scheduler.slabs import ALIGNMENT, PAGE, round_up
 
-__all__ = ["Cast", "CopiedRead", "LoaderRead", "Part", "Placement", "PlacedRead", "ReadSettings", "UnitReadPlan", "Wanted"]
+__all__ = [
+    "Cast",
+    "CopiedRead",
+    "LoaderRead",
+    "Part",
+    "PlacedRead",
+    "Placement",
+    "ReadSettings",
+    "UnitReadPlan",
+    "Wanted",
+]
 
 _IN_PLACE_FROM = 1 << 20  # shorter stretches are not worth their page of slack at either end
 _LARGEST_GAP = PAGE  # read over a gap this small rather than starting anew
@@ -33,7 +44,9 @@ _LARGEST_GAP = PAGE  # read over a gap this small rather than starting anew
 
 @dataclass(frozen=True, slots=True)
 class ReadSettings:
-    """``direct``: past the page cache. ``chunk_bytes``: what one reader does at a time. ``scratch_bytes``: per reader."""
+    """``direct``: past the page cache. ``chunk_bytes``: what one reader does at a time. ``scratch_bytes``: per
+    reader.
+    """
 
     direct: bool
     chunk_bytes: int = 32 << 20
@@ -89,8 +102,8 @@ class Part:
 class PlacedRead:
     """Read ``nbytes`` bytes at ``offset`` of the file straight into the slab; at least ``needed`` must come.
 
-    With a ``shift``, one more page is read (into the scratch), and everything moves down by so many bytes: what lands in
-    the slab is the file from ``offset + shift`` on. Neighbouring reads do not touch each other's bytes.
+    With a ``shift``, one more page is read (into the scratch), and everything moves down by so many bytes: what lands
+    in the slab is the file from ``offset + shift`` on. Neighbouring reads do not touch each other's bytes.
     """
 
     file: CheckpointFile
@@ -103,7 +116,9 @@ class PlacedRead:
 
 @dataclass(frozen=True, slots=True)
 class CopiedRead:
-    """Read ``nbytes`` bytes at ``offset`` of the file into a scratch buffer, then copy the parts; ``needed`` must come."""
+    """Read ``nbytes`` bytes at ``offset`` of the file into a scratch buffer, then copy the parts; ``needed`` must
+    come.
+    """
 
     file: CheckpointFile
     offset: int
@@ -114,7 +129,9 @@ class CopiedRead:
 
 @dataclass(frozen=True, slots=True)
 class LoaderRead:
-    """Let the loader deliver a weight that is in no file as it is; via ``staging_offset`` in the slab when it is cast."""
+    """Let the loader deliver a weight that is in no file as it is; via ``staging_offset`` in the slab when it is
+    cast.
+    """
 
     info: WeightInfo
     slab_offset: int

@@ -1,8 +1,9 @@
-"""Reads one unit into its slab, and makes tensors over it. Runs in reader threads, or in the caller's for the plain twin.
+"""Reads one unit into its slab, and makes tensors over it. Runs in reader threads, or in the caller's for the plain
+twin.
 
-Knows files, slabs, tensors. Knows nothing of asyncio, modules or what is read when. Direct reads need offset, length and
-address aligned, end short at the end of the file, and are refused by some file systems: those files are read through the
-page cache instead.
+Knows files, slabs, tensors. Knows nothing of asyncio, modules or what is read when. Direct reads need offset, length
+and address aligned, end short at the end of the file, and are refused by some file systems: those files are read
+through the page cache instead.
 """
 
 from __future__ import annotations
@@ -24,15 +25,27 @@ from odewei.loaders.base import CheckpointFile, WeightsLoader
 from odewei.scheduler.read_plan import Cast, CopiedRead, LoaderRead, PlacedRead, Placement, Read, UnitReadPlan
 from odewei.scheduler.slabs import PAGE, Bytes
 
-__all__ = ["FileTable", "Job", "PlannedUnit", "Resized", "UnitReader", "cannot_read", "copy_cast", "open_direct", "tensors_over"]
+__all__ = [
+    "FileTable",
+    "Job",
+    "PlannedUnit",
+    "Resized",
+    "UnitReader",
+    "cannot_read",
+    "copy_cast",
+    "open_direct",
+    "tensors_over",
+]
 
 _EIO_RETRIES = 2
-_CAST_BLOCK = 1 << 15  # elements; torch copies fewer than this many on one thread, which is what a reader thread may use
+_CAST_BLOCK = (
+    1 << 15
+)  # elements; torch copies fewer than this many on one thread, which is what a reader thread may use
 
 Tensors = Mapping[str, torch.Tensor]
 
 
-class Resized(Exception):  # noqa: N818  (an answer, not an error)
+class Resized(Exception):
     """The unit needs a slab of ``nbytes`` bytes instead of the one it was given; nothing of it was read for good."""
 
     def __init__(self, nbytes: int) -> None:
@@ -74,9 +87,11 @@ def open_direct(path: str, flags: int) -> int:
 
 
 class FileTable:
-    """The open files of one runtime, and a scratch buffer for each reader thread. Methods may be called from any thread.
+    """The open files of one runtime, and a scratch buffer for each reader thread. Methods may be called from any
+    thread.
 
-    ``opener`` is that of the built-in ``open``. Whoever opens files in another way (aiofiles) puts them in with ``keep``.
+    ``opener`` is that of the built-in ``open``. Whoever opens files in another way (aiofiles) puts them in with
+    ``keep``.
     """
 
     def __init__(self, *, direct: bool, scratch_bytes: int) -> None:
@@ -107,7 +122,7 @@ class FileTable:
     def read(self, file: CheckpointFile, buffers: Sequence[Bytes], offset: int, needed: int) -> None:
         """Fill the buffers, one after another, from ``offset`` on; at least ``needed`` bytes. Raises WeightReadError."""
         try:
-            found = self._read_fully(file, [memoryview(buffer) for buffer in buffers], offset, needed)
+            found = self._read_fully(file, [buffer.data for buffer in buffers], offset, needed)
             file.check_unchanged(self.fd(file))
         except OSError as error:
             raise cannot_read(file, error) from error
@@ -155,7 +170,9 @@ class FileTable:
         return found
 
     def _fall_back(self, file: CheckpointFile) -> None:
-        """Read this file through the page cache from now on; a direct descriptor stays open for those reading from it."""
+        """Read this file through the page cache from now on; a direct descriptor stays open for those reading from
+        it.
+        """
         with self._lock:
             if file not in self._buffered:
                 self._buffered[file] = open(file.path, "rb", buffering=0)  # noqa: SIM115
@@ -240,7 +257,9 @@ def _move_down(target: Bytes, following: Bytes, shift: int) -> None:
 
 
 def copy_cast(source: Bytes, target: Bytes, cast: Cast | None) -> None:
-    """Copy bytes to the start of ``target``, converting elements as torch does if ``cast`` says so, on this thread only."""
+    """Copy bytes to the start of ``target``, converting elements as torch does if ``cast`` says so, on this thread
+    only.
+    """
     if cast is None:
         target[: len(source)] = source
         return

@@ -4,8 +4,8 @@ A slab goes back to its pool when the last tensor over it has died, not when the
 a view of its weight, a user may keep one, autograd saves them. Every load exposes its slab through a fresh NumPy view;
 tensors made with ``torch.frombuffer`` keep that view alive, and a finalizer on it runs when the last of them is gone.
 
-The finalizer runs in whichever thread drops the last reference, at any moment, also while that thread holds locks; so it
-only appends to a deque. Everybody who looks at the pool drains that deque first.
+The finalizer runs in whichever thread drops the last reference, at any moment, also while that thread holds locks; so
+it only appends to a deque. Everybody who looks at the pool drains that deque first.
 
 Large slabs are anonymous memory maps with huge pages: reading into 4 KiB pages costs the processor time that the model
 computes with, and fresh pages cost a copy at a third of its speed, which is why slabs are kept and used again. A free
@@ -208,7 +208,8 @@ class SlabPool:
         return slab
 
     def _unmap_free(self, needed_bytes: int | None) -> None:
-        """Unmap free slabs, the largest first, then drop spares, the newest first, until ``needed_bytes`` can be reserved.
+        """Unmap free slabs, the largest first, then drop spares, the newest first, until ``needed_bytes`` can be
+        reserved.
 
         None: all of them.
         """
