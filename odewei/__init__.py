@@ -38,7 +38,7 @@ __version__ = "0.1.0"
 
 
 def report(model: nn.Module) -> Report:
-    """What happened so far in a streamed model: bytes read, stalls, computing, peak, floor. ``print`` it for a table."""
+    """What happened so far in a streamed model; ``print`` it for a table."""
     return runtime_of(model).report()
 
 

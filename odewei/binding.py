@@ -69,7 +69,7 @@ class UnboundParameters(_Streamed):
         return self._binding.look_up(name, super().__getitem__(name))
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401  (dict.get would not look it up)
 
 
 class ModuleBinding:
@@ -137,6 +137,8 @@ class ModuleBinding:
             }
             module.__dict__["_parameters"] = items
             self._follow(module, items)
+        self._real.clear()
+        self._sources.clear()
 
     def _put(self, parameters: _Streamed) -> None:
         module = self._module()
@@ -240,7 +242,8 @@ class Binder:
 
     def _load(self, unit: int, name: str) -> nn.Parameter:
         """An access outside of the hooks: wait for the unit, hand out the real parameter; the reference keeps it."""
-        assert self._access is not None and self._release is not None, "an access before the model was ready"
+        assert self._access is not None, "an access before the model was ready"
+        assert self._release is not None
         self._access(unit)
         try:
             tensors = self._tensors[unit]

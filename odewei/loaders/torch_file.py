@@ -133,12 +133,14 @@ def _entries(stream: BinaryIO, file: CheckpointFile) -> dict[int, int]:
     try:
         with zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
-            names = [member.filename.partition("/")[2] for member in members]
+            # torch looks names up without regard to case, and as the directory spells them: a BYTEORDER would count.
+            names = [member.orig_filename.partition("/")[2].lower() for member in members]
             if len(set(names)) != len(names):
                 raise zipfile.BadZipFile("two entries have the same name")
             if "constants.pkl" in names:
                 _refuse(file, "this is a TorchScript program, not a file of weights", "Save its state_dict() instead")
             places = dict(_place(member, stream, file) for member in members)
+            # Not only wrong numbers: torch crashes when it swaps the bytes of a storage that has none.
             order = archive.read(members[names.index("byteorder")]).decode() if "byteorder" in names else "little"
             if order != sys.byteorder:
                 _refuse(file, f"the tensors are stored in {order!r} byte order, this machine differs", _RESAVE)

@@ -213,9 +213,9 @@ class Ledger:
         with self.lock:
             wish = self._most_urgent()
             decision = self._decide(wish)
-            if wish is not None and wish.demanded and (decision is None or decision.beyond_limit):
-                if self._return_all_stale():
-                    decision = self._decide(wish)
+            stuck = wish is not None and wish.demanded and (decision is None or decision.beyond_limit)
+            if stuck and self._return_all_stale():
+                decision = self._decide(wish)
             for unit in decision.evict if decision else ():
                 self._evict(self.units[unit])
             return decision

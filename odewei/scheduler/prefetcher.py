@@ -149,10 +149,14 @@ class PrefetchingDriver(Driver):
                         task.result()  # a defect in here ends the thread, loudly
                 await self._awake.wait()
         finally:
+            self._closing = True
             self._queue.clear()
-            for task in (*workers, *self._reads):
+            for _ in workers:  # they end what they are doing: a cancelled one would leave its file open
+                self._queued.release()
+            await asyncio.gather(*workers, return_exceptions=True)
+            for task in self._reads:
                 task.cancel()
-            await asyncio.gather(*workers, *self._reads, return_exceptions=True)
+            await asyncio.gather(*self._reads, return_exceptions=True)
 
     def _decide(self) -> None:
         while (decision := self.ledger.next_decision()) is not None:
@@ -195,17 +199,16 @@ class PrefetchingDriver(Driver):
         run = aiofiles.os.wrap(_run_job)
         while True:
             await self._queued.acquire()
+            if self._closing:
+                return
             queued = min(self._queue, key=lambda queued: not units[queued.unit].waiters)  # the first of the most urgent
             self._queue.remove(queued)
             try:
                 for file in queued.job.files():
                     await self._open(file)
                 queued.result.set_result(await run(queued.job, queued.slab, self.files, executor=self._pool))
-            except asyncio.CancelledError:
-                raise
-            except BaseException as error:
-                if not queued.result.done():
-                    queued.result.set_exception(error)
+            except Exception as error:
+                queued.result.set_exception(error)
             del queued
 
     async def _open(self, file: CheckpointFile) -> None:

@@ -120,7 +120,7 @@ class FileTable:
         return self._open[file].fileno()
 
     def read(self, file: CheckpointFile, buffers: Sequence[Bytes], offset: int, needed: int) -> None:
-        """Fill the buffers, one after another, from ``offset`` on; at least ``needed`` bytes. Raises WeightReadError."""
+        """Fill the buffers in turn from ``offset`` on, with at least ``needed`` bytes. Raises WeightReadError."""
         try:
             found = self._read_fully(file, [buffer.data for buffer in buffers], offset, needed)
             file.check_unchanged(self.fd(file))

@@ -138,7 +138,7 @@ class SlabPool:
         slab.leaving = True
 
     def stop_expecting_leaving(self) -> None:
-        """Those who hold memory of evicted units keep it (a view that escaped): count it as used until it comes back."""
+        """Those who hold memory of evicted units keep it (views that escaped): it counts as used until it is back."""
         with self._lock:
             self._drain()
             for slab in self._in_use:

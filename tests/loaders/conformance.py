@@ -94,6 +94,7 @@ class LoaderConformance:
             "transposed": random_tensor(torch.bfloat16, (4, 6)).t(),
             "channels_last": image.contiguous(memory_format=torch.channels_last),
             "one_by_one": random_tensor(torch.float32, (4, 6, 1, 1)).to(memory_format=torch.channels_last),
+            "odd_step": random_tensor(torch.float32, (2, 3)).as_strided((2, 1, 3), (3, 77, 1)),
             "permuted": random_tensor(torch.int64, (2, 3, 4)).permute(2, 0, 1),
         }
         found = self.make(tensors, tmp_path)("module", list(tensors))

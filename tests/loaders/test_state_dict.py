@@ -50,7 +50,7 @@ def test_names_are_strings() -> None:
 def test_lazy_conjugates_and_negatives_are_resolved(make: Any) -> None:
     """Tensors whose bytes are not their values come out with their values, however they are strided."""
     base = torch.complex(torch.arange(12.0).view(3, 4), torch.arange(12.0).view(3, 4) + 1)
-    for tensor in (make(base.conj()), make(base.conj().imag)):
+    for tensor in (make(base.conj()), make(base.conj().imag), make(torch._neg_view(base.real.contiguous()))):
         found = StateDictLoader({"w": tensor})("module", ["w"])["w"]
         assert_same(found, tensor)
         assert not found.is_conj()

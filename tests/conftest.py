@@ -1,0 +1,41 @@
+"""Fixtures for all tests: nothing that a test opens may outlive it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def _ours() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("odewei")}
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """Every thread and file of odewei that a test starts is gone when the test has dropped its models."""
+    before = _ours()
+    yield
+    gc.collect()
+    left = _ours() - before
+    assert not left, f"threads outlive their model: {left}"
+
+
+@pytest.fixture
+def no_new_files() -> Iterator[None]:
+    """As many files are open after the test as before it."""
+    gc.collect()
+    before = _open_files()
+    yield
+    gc.collect()
+    assert _open_files() == before

@@ -1,0 +1,180 @@
+"""Units, a client and threads for tests, without models and files. Everything waits for events, nothing for time."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from odewei.loaders.base import CheckpointFile
+from odewei.scheduler.budget import Budget
+from odewei.scheduler.drivers import Driver, SynchronousDriver
+from odewei.scheduler.ledger import Ledger
+from odewei.scheduler.plan import Window
+from odewei.scheduler.prefetcher import PrefetchingDriver
+from odewei.scheduler.read_plan import Placement
+from odewei.scheduler.reader import FileTable, Job, tensors_over
+from odewei.scheduler.slabs import Bytes, SlabPool
+from odewei.scheduler.states import State
+
+PATIENCE = 20.0  # seconds; only a failing test waits this long
+
+
+class FakeUnit:
+    """A unit of one weight whose bytes all are its number. Is its own, only job.
+
+    ``gate``: when set to an Event, a read waits for it. ``fault`` makes the error that a read raises; None: it succeeds.
+    """
+
+    def __init__(self, unit: int, nbytes: int, log: list[int]) -> None:
+        self.unit, self.nbytes, self.log = unit, nbytes, log
+        self.started = threading.Event()
+        self.gate: threading.Event | None = None
+        self.fault: Callable[[], BaseException] | None = None
+
+    def jobs(self) -> Sequence[Job]:
+        return [self]
+
+    def files(self) -> Sequence[CheckpointFile]:
+        return ()
+
+    def run(self, slab: Bytes, files: FileTable) -> int:
+        assert len(slab) == self.nbytes
+        self.log.append(self.unit)
+        self.started.set()
+        if self.gate is not None:
+            assert self.gate.wait(PATIENCE), f"nobody let the read of unit {self.unit} go on"
+        if self.fault is not None:
+            raise self.fault()
+        slab[:] = self.unit
+        return self.nbytes
+
+    def tensors(self, slab: Bytes) -> dict[str, torch.Tensor]:
+        return tensors_over(slab, [Placement("w", 0, torch.uint8, (self.nbytes,), None)])
+
+
+class FakeClient:
+    """Keeps what is published until it is retracted. ``fault`` makes the error that publishing a unit raises."""
+
+    def __init__(self) -> None:
+        self.bound: dict[int, Mapping[str, torch.Tensor]] = {}
+        self.fault: Callable[[int], BaseException | None] = lambda unit: None
+        self._changed = threading.Condition()
+
+    def publish(self, unit: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        error = self.fault(unit)
+        if error is not None:
+            raise error
+        with self._changed:
+            assert unit not in self.bound, f"unit {unit} is published twice"
+            self.bound[unit] = tensors
+            self._changed.notify_all()
+
+    def retract(self, unit: int) -> None:
+        with self._changed:
+            del self.bound[unit]
+            self._changed.notify_all()
+
+    def weight(self, unit: int) -> torch.Tensor:
+        """The tensor of a published unit, right or the test fails."""
+        tensor = self.bound[unit]["w"]
+        assert bool((tensor == unit).all()), f"unit {unit} has the bytes of another"
+        return tensor
+
+    def wait_until_bound(self, *units: int) -> None:
+        """Return when all these are published."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.bound.keys() >= set(units), PATIENCE), (
+                f"{units} were expected, {sorted(self.bound)} are there"
+            )
+
+
+class Setup:
+    """A ledger over fake units under a budget, with its driver. ``reads`` logs the units in order of reading."""
+
+    def __init__(self, sizes: Sequence[int], limit: int, *, depth: int | None = 0, num_readers: int = 1) -> None:
+        self.reads: list[int] = []
+        self.budget = Budget(limit)
+        self.pool = SlabPool(self.budget)
+        self.ledger = Ledger(self.pool, Window(depth, limit))
+        self.units = [FakeUnit(unit, nbytes, self.reads) for unit, nbytes in enumerate(sizes)]
+        for unit in self.units:
+            self.ledger.add(f"unit{unit.unit}", unit.nbytes)
+        self.ledger.seed(range(len(sizes)))
+        self.client = FakeClient()
+        self.driver = self._make_driver(depth, num_readers)
+
+    def _make_driver(self, depth: int | None, num_readers: int) -> Driver:
+        files = FileTable(direct=False, scratch_bytes=4096)
+        if depth == 0:
+            return SynchronousDriver(self.ledger, self.units, files, self.client)
+        return PrefetchingDriver(
+            self.ledger, self.units, files, self.client, num_readers=num_readers, name=f"test{id(self)}"
+        )
+
+    def enter(self, unit: int) -> None:
+        """Enter a unit as a forward does, and look whether it is there. The lease belongs to the caller's frame."""
+        self.driver.enter(unit, sys._getframe(1))
+        assert self.ledger.units[unit].state is State.RESIDENT
+        self.client.weight(unit)
+
+    def visit(self, unit: int) -> None:
+        """Enter and leave."""
+        self.enter(unit)
+        self.driver.leave(unit)
+
+    def run_pass(self, order: Sequence[int] | None = None) -> None:
+        """One forward pass over the units."""
+        self.ledger.enter_pass(sys._getframe())
+        for unit in range(len(self.units)) if order is None else order:
+            self.visit(unit)
+        self.ledger.leave_pass()
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(slab.nbytes for slab in self.ledger.resident_slabs())
+
+    def check(self) -> None:
+        """Everything adds up."""
+        self.ledger.check_invariants()
+        assert self.budget.overdrafts or self.budget.peak_bytes <= self.budget.limit_bytes
+        assert self.budget.overdrafts or self.resident_bytes <= self.budget.limit_bytes
+
+
+@contextmanager
+def started(sizes: Sequence[int], limit: int, **options: int | None) -> Iterator[Setup]:
+    """A started setup that is closed afterwards; then all its bytes are accounted for."""
+    setup = Setup(sizes, limit, **options)
+    setup.driver.start()
+    try:
+        yield setup
+    finally:
+        for unit in setup.units:
+            if unit.gate is not None:
+                unit.gate.set()
+        setup.driver.close()
+    setup.ledger.check_invariants()
+
+
+class Forward:
+    """A thread that runs ``work``. ``join`` returns its error, None if there was none."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+
+    def join(self) -> BaseException | None:
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive(), "a forward hangs"
+        return self._error
