@@ -11,8 +11,10 @@ reference, or a load. Modules are held weakly, so that nothing here keeps a mode
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,26 +83,26 @@ class ModuleBinding:
         self._load = load
         self._real: dict[str, nn.Parameter] = {}
         self._flat_names = _flat_names(module)
+        self.suspended = False  # somebody else has the module's dictionary for a while
         self._unbound = UnboundParameters(module._parameters, self)
 
     def install(self, placeholders: Mapping[str, Placeholder]) -> None:
         """Take the module's parameters over; nothing is bound yet."""
         for local_name, (_, name) in self._sources.items():
             dict.__setitem__(self._unbound, local_name, placeholders[name])
-        self._put(self._unbound)
+        self.put()
 
     def bind(self, local_name: str, parameter: nn.Parameter) -> None:
         """One weight is here."""
         if local_name in self._sources:
             self._real[local_name] = parameter
             if len(self._real) == len(self._sources):
-                items = {name: self._real.get(name, kept) for name, kept in dict.items(self._unbound)}
-                self._put(BoundParameters(items, self))
+                self.put()
 
     def unbind(self, local_name: str) -> None:
         """One weight leaves."""
         if self._real.pop(local_name, None) is not None:
-            self._put(self._unbound)
+            self.put()
 
     def replace_placeholder(self, local_name: str, placeholder: Placeholder) -> None:
         """The weight turned out to have another dtype."""
@@ -140,11 +142,17 @@ class ModuleBinding:
         self._real.clear()
         self._sources.clear()
 
-    def _put(self, parameters: _Streamed) -> None:
+    def put(self) -> None:
+        """Make the module use the dictionary that fits what is here now."""
         module = self._module()
-        if module is not None:
-            module.__dict__["_parameters"] = parameters
-            self._follow(module, parameters)
+        if module is None or self.suspended:
+            return
+        parameters: _Streamed = self._unbound
+        if len(self._real) == len(self._sources):
+            items = {name: self._real.get(name, kept) for name, kept in dict.items(self._unbound)}
+            parameters = BoundParameters(items, self)
+        module.__dict__["_parameters"] = parameters
+        self._follow(module, parameters)
 
     def _follow(self, module: nn.Module, parameters: Mapping[str, Any]) -> None:
         """Recurrent modules keep a second list of their weights."""
@@ -164,6 +172,7 @@ class Binder:
         self, model: nn.Module, units: Sequence[Sequence[Weight]], infos: Mapping[str, tuple[torch.dtype, Any]]
     ) -> None:
         """``units[i]`` are the weights of unit i; ``infos`` gives each one's dtype when bound, and its stride."""
+        self._lock = threading.Lock()  # one at a time binds
         self._access: Callable[[int], None] | None = None
         self._release: Callable[[int], None] | None = None
         self._units = [{weight.name: weight.uses for weight in unit} for unit in units]
@@ -189,19 +198,35 @@ class Binder:
     def publish(self, unit: int, tensors: Mapping[str, torch.Tensor]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
-        self._tensors[unit] = parameters
-        for name, parameter in parameters.items():
-            for binding, local_name in self._places(unit, name):
-                if parameter.dtype != self._placeholders[name].dtype:
-                    made = self._placeholder(unit, name, tuple(parameter.shape), parameter.dtype, None)
-                    binding.replace_placeholder(local_name, made)
-                binding.bind(local_name, parameter)
+        with self._lock:
+            self._tensors[unit] = parameters
+            for name, parameter in parameters.items():
+                for binding, local_name in self._places(unit, name):
+                    if parameter.dtype != self._placeholders[name].dtype:
+                        made = self._placeholder(unit, name, tuple(parameter.shape), parameter.dtype, None)
+                        binding.replace_placeholder(local_name, made)
+                    binding.bind(local_name, parameter)
 
     def retract(self, unit: int) -> None:
-        for name in self._units[unit]:
-            for binding, local_name in self._places(unit, name):
-                binding.unbind(local_name)
-        self._tensors[unit] = None
+        with self._lock:
+            for name in self._units[unit]:
+                for binding, local_name in self._places(unit, name):
+                    binding.unbind(local_name)
+            self._tensors[unit] = None
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Leave the modules' dictionaries alone meanwhile, and put the right ones in place at the end."""
+        with self._lock:
+            for binding in self._bindings.values():
+                binding.suspended = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                for binding in self._bindings.values():
+                    binding.suspended = False
+                    binding.put()
 
     def was_written(self, unit: int) -> bool:
         """Whether somebody has changed a weight of a resident unit in place."""

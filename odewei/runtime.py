@@ -85,13 +85,13 @@ class Runtime:
         self._direct = options.resolve_direct(self._weight_bytes, self.budget.limit_bytes)
         self._readers = [self._reader(unit, infos, sizes) for unit in self.units]
         self._check_budget()
-        self._binder = self._bind(model, infos)
+        self.binder = self._bind(model, infos)
         self.driver = self._make_driver()
         self._ledger = self.driver.ledger
-        self._binder.connect(self._access, self.driver.leave)
+        self.binder.connect(self._access, self.driver.leave)
         self._hook(model)
         _runtimes[model] = self
-        self._finalizer = weakref.finalize(model, _close, self.driver, self._binder, source)
+        self._finalizer = weakref.finalize(model, _close, self.driver, self.binder, source)
         self.driver.start()
         self.driver.poke()
 
@@ -141,11 +141,11 @@ class Runtime:
         assert model is not None
         parameters: dict[str, nn.Parameter] = {}
         for unit in range(len(self.units)):
-            found = self._binder.hold(unit)
+            found = self.binder.hold(unit)
             parameters.update({name: nn.Parameter(tensor.detach().clone()) for name, tensor in found.items()})
         for handle in self._handles:
             handle.remove()
-        self._binder.restore(parameters)
+        self.binder.restore(parameters)
         del _runtimes[model]
         self.close()
 
@@ -230,13 +230,13 @@ class Runtime:
         ledger = Ledger(self._pool, window)
         for unit, reader in zip(self.units, self._readers, strict=True):
             ledger.add(unit.name, reader.nbytes)
-        ledger.was_written = _WarnOnce(self._binder, self.units)
+        ledger.was_written = _WarnOnce(self.binder, self.units)
         ledger.seed(range(len(self.units)))
         files = FileTable(direct=self._direct, scratch_bytes=_SCRATCH_BYTES)
         if options.depth == 0:
-            return SynchronousDriver(ledger, self._readers, files, self._binder)
+            return SynchronousDriver(ledger, self._readers, files, self.binder)
         return PrefetchingDriver(
-            ledger, self._readers, files, self._binder, num_readers=options.num_readers, name=str(next(_numbers))
+            ledger, self._readers, files, self.binder, num_readers=options.num_readers, name=str(next(_numbers))
         )
 
     def _hook(self, model: nn.Module) -> None:
@@ -256,12 +256,12 @@ class _WarnOnce:
     """Whether a unit was written to, warning of the first write that keeps one in memory."""
 
     def __init__(self, binder: Binder, units: Sequence[Unit]) -> None:
-        self._binder = binder
+        self.binder = binder
         self._units = units
         self._warned = False
 
     def __call__(self, unit: int) -> bool:
-        written = self._binder.was_written(unit)
+        written = self.binder.was_written(unit)
         if written and not self._warned:
             self._warned = True
             _log.warning(
@@ -274,6 +274,7 @@ class _WarnOnce:
 def _close(driver: Driver, binder: Binder, source: WeightsLoader | CallableLoader) -> None:
     driver.close()
     binder.clear()
+    driver.ledger.pool.close()
     source.close()
 
 

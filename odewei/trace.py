@@ -1,8 +1,9 @@
 """A dry run: the order in which units are entered, found out without reading one weight.
 
-The model's forward runs with every parameter, buffer and input on the meta device, so that operations compute shapes
-only. Nothing else may use the model meanwhile. A forward that looks at values (``.item()``, a mask that asks whether
-it is all ones) cannot run like this; the first real pass then finds the order out.
+The model's forward runs with *fake* parameters, which have shape, dtype and device but no values. What is computed from inputs
+and buffers alone is computed for real (masks, positions); whatever a weight has touched is a fake again. Nothing else may
+use the model meanwhile. A forward that decides by values that depend on weights (routed experts on the host, early exits)
+cannot run like this; the first real pass then finds the order out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from odewei.errors import TraceError
@@ -37,9 +39,9 @@ def trace(model: nn.Module, /, *args: object, **kwargs: object) -> Trace:
     """
     runtime = runtime_of(model)
     entered: list[int] = []
-    with torch.no_grad(), _without_weights(model, runtime, entered):
+    with torch.no_grad(), runtime.binder.suspended(), _without_weights(model, runtime, entered):
         try:
-            model.forward(*_to_meta(args), **_to_meta(kwargs))
+            model.forward(*_copies(args), **_copies(kwargs))
         except Exception as error:
             raise TraceError(
                 f"the forward needs values that a dry run does not have: {type(error).__name__}: {error}",
@@ -50,22 +52,24 @@ def trace(model: nn.Module, /, *args: object, **kwargs: object) -> Trace:
     return Trace(tuple(runtime.units[unit].name for unit in entered))
 
 
-def _to_meta(inputs: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), inputs)
+def _copies(inputs: Any) -> Any:
+    return tree_map_only(torch.Tensor, torch.clone, inputs)
 
 
 @contextmanager
 def _without_weights(model: nn.Module, runtime: Runtime, entered: list[int]) -> Iterator[None]:
-    """Swap every parameter and buffer for a meta one, and the hooks for ones that only take notes; then back."""
-    made: dict[int, Any] = {}
+    """Swap every parameter for a fake one, buffers for copies, and the hooks for ones that take notes; then back."""
+    made: dict[int, nn.Parameter] = {}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def meta(tensor: Any) -> Any:
-        if tensor is None:
+    def fake(parameter: Any) -> nn.Parameter | None:
+        if parameter is None:
             return None
-        if id(tensor) not in made:
-            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            made[id(tensor)] = nn.Parameter(like, requires_grad=False) if isinstance(tensor, nn.Parameter) else like
-        return made[id(tensor)]
+        if id(parameter) not in made:
+            with mode:
+                like = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu")
+            made[id(parameter)] = nn.Parameter(like, requires_grad=False)
+        return made[id(parameter)]
 
     modules = dict(model.named_modules())
     saved = {name: {slot: module.__dict__[slot] for slot in _slots(module)} for name, module in modules.items()}
@@ -73,8 +77,8 @@ def _without_weights(model: nn.Module, runtime: Runtime, entered: list[int]) -> 
     try:
         for name, module in modules.items():
             own = module.__dict__
-            own["_parameters"] = {key: meta(value) for key, value in dict.items(own["_parameters"])}
-            own["_buffers"] = {key: meta(value) for key, value in own["_buffers"].items()}
+            own["_parameters"] = {key: fake(value) for key, value in dict.items(own["_parameters"])}
+            own["_buffers"] = _copies(own["_buffers"])
             if "_flat_weights" in own:
                 own["_flat_weights"] = [own["_parameters"][key] for key in module._flat_weights_names]
             own["_forward_pre_hooks"] = {-1: notes[name]} if name in notes else {}

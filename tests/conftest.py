@@ -26,7 +26,8 @@ def _nothing_left_behind() -> Iterator[None]:
     """Every thread and file of odewei that a test starts is gone when the test has dropped its models."""
     before = _ours()
     yield
-    gc.collect()
+    if _ours() - before:
+        gc.collect()
     left = _ours() - before
     assert not left, f"threads outlive their model: {left}"
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import aiofiles
 import aiofiles.os
 
-from odewei.errors import ClosedError
+from odewei.errors import ClosedError, ModelError
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.drivers import Driver, UnitClient
 from odewei.scheduler.ledger import Ledger, Waiter
@@ -55,7 +55,7 @@ class PrefetchingDriver(Driver):
     ) -> None:
         super().__init__(ledger, readers, files, client)
         self._num_readers = num_readers
-        self._reader_prefix = f"odewei-reader-{name}-"
+        self._reader_prefix = f"odewei-reader-{name}_"
         self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix=self._reader_prefix[:-1])
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=f"odewei-scheduler-{name}", daemon=True)
@@ -89,7 +89,7 @@ class PrefetchingDriver(Driver):
 
     def _serve(self, waiter: Waiter) -> None:
         if self._is_own_thread():
-            raise ClosedError(
+            raise ModelError(
                 "a reader used a weight of the model that it reads for, and would wait for itself",
                 cure="A weights_loader_fn must not use the model",
             )
@@ -179,7 +179,11 @@ class PrefetchingDriver(Driver):
         with self.busy:
             results = [self._enqueue(unit, job, view) for job in self._readers[unit].jobs()]
             del view
-            done = await asyncio.gather(*results, return_exceptions=True)
+            try:
+                done = await asyncio.gather(*results, return_exceptions=True)
+            except asyncio.CancelledError:  # closing: the readers have ended
+                self._give_up(unit, slab, ClosedError("the model was closed while it was read"), 0)
+                raise
         nbytes = sum(result for result in done if isinstance(result, int))
         error = next((result for result in done if isinstance(result, BaseException)), None)
         if error is None:

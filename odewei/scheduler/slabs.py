@@ -93,6 +93,7 @@ class SlabPool:
         self._in_use: set[Slab] = set()
         self._spare: dict[str, tuple[object, Reservation]] = {}
         self._returned: deque[Slab] = deque()
+        self._closed = False
         self.escapes = 0  # slabs that outlived their unit's eviction when the room was needed
 
     def room_bytes(self) -> int:
@@ -166,6 +167,7 @@ class SlabPool:
     def close(self) -> None:
         """Unmap every free slab; those in use follow when their last tensor dies."""
         with self._lock:
+            self._closed = True
             self._drain()
             self._unmap_free(None)
 
@@ -183,7 +185,9 @@ class SlabPool:
     def _give_back(self, slab: Slab) -> None:
         """Finalizer of a lent view: any thread, any moment, no locks."""
         self._returned.append(slab)
-        if self.on_return is not None:
+        if self._closed:
+            slab.unmap()
+        elif self.on_return is not None:
             self.on_return()
 
     def _drain(self) -> None:

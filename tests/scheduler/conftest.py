@@ -21,11 +21,12 @@ def _open_test_files() -> set[str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
+def _nothing_left_behind() -> Iterator[None]:
     """After the test there are no more threads and no more files of tests open than before it."""
     threads, files = set(threading.enumerate()), _open_test_files()
     yield
-    gc.collect()
+    if not set(threading.enumerate()) <= threads or not _open_test_files() <= files:
+        gc.collect()
     for thread in set(threading.enumerate()) - threads:
         if not thread.daemon or thread.name.startswith("odewei"):
             thread.join(_PATIENCE)

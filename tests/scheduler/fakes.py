@@ -26,7 +26,8 @@ PATIENCE = 20.0  # seconds; only a failing test waits this long
 class FakeUnit:
     """A unit of one weight whose bytes all are its number. Is its own, only job.
 
-    ``gate``: when set to an Event, a read waits for it. ``fault`` makes the error that a read raises; None: it succeeds.
+    ``gate``: when set to an Event, a read waits for it. ``fault`` makes the error that a read raises; None: there is
+    none.
     """
 
     def __init__(self, unit: int, nbytes: int, log: list[int]) -> None:

@@ -1,7 +1,7 @@
 """Numbers of bytes as text, and budgets."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -32,15 +32,18 @@ def test_text_is_read_as_bytes(text: str, nbytes: int) -> None:
 @pytest.mark.parametrize("text", ["", "GiB", "-1GB", "1e9", "6 G", "6 gigs", "1.2.3MB", "0x10", "1_000", "nan", "inf"])
 def test_other_text_is_refused_by_name(text: str) -> None:
     """What is not a number of bytes raises, and the message shows it and what to write."""
-    with pytest.raises(OptionsError, match="not a number of bytes.*GiB") as caught:
+    with pytest.raises(OptionsError, match=r"not a number of bytes.*GiB") as caught:
         parse_nbytes(text)
     assert repr(text) in str(caught.value)
 
 
+@pytest.mark.xfail(strict=True, reason="three digits are shown as 1e+03 from 1000 of a unit on")
 @given(st.integers(0, 1 << 50))
-def test_formatting_rounds_to_three_digits(nbytes: int) -> None:
-    """What is shown can be read again, and is within half a unit of the third digit."""
-    assert parse_nbytes(format_nbytes(nbytes).replace("e+03", "000")) == pytest.approx(nbytes, rel=0.006, abs=0.5)
+@example(1000 << 10)
+@example(1 << 40)
+def test_what_is_shown_can_be_read_again(nbytes: int) -> None:
+    """What is shown says the number within half a unit of its third digit, without an exponent."""
+    assert parse_nbytes(format_nbytes(nbytes)) == pytest.approx(nbytes, rel=0.006, abs=0.5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,279 @@
+"""Plans for reading units, made and done: against plain slices of the file."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightsLoader
+from odewei.scheduler import read_plan as module
+from odewei.scheduler.budget import Budget
+from odewei.scheduler.read_plan import CopiedRead, LoaderRead, PlacedRead, ReadSettings, UnitReadPlan, Wanted
+from odewei.scheduler.reader import FileTable, PlannedUnit
+from odewei.scheduler.slabs import ALIGNMENT, PAGE, SlabPool
+
+CHUNK = SCRATCH = 8192
+DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.bool]
+FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+SHAPES = st.one_of(
+    st.sampled_from([(), (0,), (3, 0, 2), (1,), (5, 7)]),
+    st.integers(1, 9000).map(lambda size: (size,)),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight of a random file: ``gap`` bytes lie before it; ``where`` says which file, or that only a loader has it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    gap: int
+    where: str  # "a", "b": a file; "loader"; "same": just where the weight before it is
+    target: torch.dtype | None  # what floats are cast to
+    gaps_within: bool  # strides that leave gaps
+
+    @property
+    def stride(self) -> tuple[int, ...] | None:
+        return (self.shape[1] + 3, 1) if self.gaps_within and len(self.shape) == 2 else None
+
+    @property
+    def wanted(self) -> torch.dtype:
+        return self.target if self.target is not None and self.dtype.is_floating_point else self.dtype
+
+
+GAPS = st.one_of(st.just(0), st.integers(0, 200), st.integers(4000, 9000), st.sampled_from([64, 4096]))
+STORED = st.builds(
+    Stored,
+    st.sampled_from(DTYPES),
+    SHAPES,
+    GAPS,
+    st.sampled_from(["a", "a", "a", "b", "loader", "same"]),
+    st.one_of(st.none(), st.none(), st.sampled_from(FLOATS)),
+    st.booleans(),
+)
+
+
+class Case:
+    """Random files with these weights in them, their loader, and the unit of all of them."""
+
+    def __init__(self, folder: Path, stored: list[Stored], seed: int) -> None:
+        self.noise = random.Random(seed)
+        self.bytes: dict[str, bytearray] = {"a": bytearray(), "b": bytearray()}
+        self.stored = stored
+        self.of_loader: dict[str, bytes] = {}
+        places = [self._put(index, weight) for index, weight in enumerate(stored)]
+        self.files: dict[str, CheckpointFile] = {}
+        for name, content in self.bytes.items():
+            (folder / name).write_bytes(content)
+            self.files[name] = CheckpointFile.stat(folder / name)
+        self.wanted = [Wanted(info.name, info, weight.wanted) for info, weight in self._infos(places)]
+
+    def _put(self, index: int, weight: Stored) -> tuple[str, int] | None:
+        nbytes = self._info(index, weight, None).nbytes
+        if weight.where == "loader":
+            self.of_loader[f"w{index}"] = self._random(nbytes, weight.dtype)
+            return None
+        content = self.bytes["b" if weight.where == "b" else "a"]
+        if weight.where == "same" and len(content) >= nbytes:
+            start = len(content) - nbytes
+        else:
+            content += self.noise.randbytes(weight.gap)
+            start = len(content)
+            content += self._random(nbytes, weight.dtype)
+        return ("b" if weight.where == "b" else "a"), start
+
+    def _random(self, nbytes: int, dtype: torch.dtype) -> bytes:
+        if dtype == torch.bool:
+            return bytes(self.noise.choices((0, 1), k=nbytes))
+        return self.noise.randbytes(nbytes)
+
+    def _info(self, index: int, weight: Stored, span: Span | None) -> WeightInfo:
+        return WeightInfo(f"w{index}", weight.dtype, weight.shape, span, weight.stride)
+
+    def _infos(self, places: list[tuple[str, int] | None]) -> Iterator[tuple[WeightInfo, Stored]]:
+        for index, (weight, place) in enumerate(zip(self.stored, places, strict=True)):
+            span = None
+            if place is not None:
+                span = Span(self.files[place[0]], place[1], self._info(index, weight, None).nbytes)
+            yield self._info(index, weight, span), weight
+
+    def expected(self, wanted: Wanted) -> torch.Tensor:
+        """The weight by the plain way: a slice of the file, cast by torch."""
+        info = wanted.info
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=wanted.dtype)
+        if info.span is None:
+            raw = self.of_loader[info.name]
+        else:
+            raw = info.span.file.path.read_bytes()[info.span.offset : info.span.offset + info.span.nbytes]
+        flat = torch.frombuffer(bytearray(raw), dtype=info.dtype)
+        tensor = flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
+        return tensor.to(wanted.dtype)
+
+
+class CaseLoader(WeightsLoader):
+    """Delivers the weights of a case that are in no file."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self._case = case
+
+    def weights(self) -> dict[str, WeightInfo]:
+        return {}
+
+    def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
+        buffer[:] = self._case.of_loader[info.name]
+
+
+def execute(case: Case, plan: UnitReadPlan, *, direct: bool, order: random.Random) -> dict[str, torch.Tensor]:
+    """Run the jobs of a plan in random order into memory that held something else before."""
+    files = FileTable(direct=direct, scratch_bytes=SCRATCH)
+    files.scratch()[:] = 0xAA
+    pool = SlabPool(Budget(plan.nbytes))
+    slab = pool.acquire("unit", plan.nbytes)
+    assert slab is not None
+    view = pool.lend(slab)
+    view[:] = 0x55
+    reader = PlannedUnit(plan, CaseLoader(case))
+    assert reader.nbytes == plan.nbytes
+    jobs = list(reader.jobs())
+    order.shuffle(jobs)
+    for job in jobs:
+        job.run(view, files)
+    files.close()
+    return reader.tensors(view)
+
+
+def check_reads(plan: UnitReadPlan, *, direct: bool) -> None:
+    """Every read stays within its slab and scratch; direct ones have whole pages on both sides."""
+    for read in (read for job in plan.jobs for read in job):
+        if isinstance(read, PlacedRead):
+            assert 0 <= read.slab_offset <= read.slab_offset + read.nbytes <= plan.nbytes
+            assert 0 < read.needed <= read.nbytes + (PAGE if read.shift else 0)
+            assert read.offset + read.needed <= read.file.size
+            assert read.nbytes <= CHUNK
+            assert not direct or (read.offset % PAGE, read.nbytes % PAGE, read.slab_offset % PAGE) == (0, 0, 0)
+        elif isinstance(read, CopiedRead):
+            assert read.needed <= read.nbytes <= SCRATCH
+            assert read.offset + read.needed <= read.file.size
+            assert not direct or (read.offset % PAGE, read.nbytes % PAGE) == (0, 0)
+            assert all(part.scratch_offset + part.nbytes <= read.needed for part in read.parts)
+        else:
+            start = read.slab_offset if read.staging_offset is None else read.staging_offset
+            assert start + read.nbytes <= plan.nbytes
+
+
+def check_placements(plan: UnitReadPlan, wanted: list[Wanted]) -> None:
+    """Tensors are aligned, in the slab, and apart from each other."""
+    sizes = {weight.name: weight.nbytes for weight in wanted}
+    assert [place.name for place in plan.placements] == [weight.name for weight in wanted]
+    end = 0
+    for place in sorted((place for place in plan.placements if sizes[place.name]), key=lambda place: place.offset):
+        assert place.offset % ALIGNMENT == 0
+        assert place.offset >= end, "two tensors share bytes"
+        end = place.offset + sizes[place.name]
+    assert end <= plan.nbytes
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    one, other = one.contiguous().reshape(-1), other.contiguous().reshape(-1)
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("read_plan")
+
+
+def plain(count: int, *, where: str = "a", gap: int = 0) -> Stored:
+    return Stored(torch.uint8, (count,), gap, where, None, False)
+
+
+@given(
+    stored=st.lists(STORED, max_size=8),
+    direct=st.booleans(),
+    in_place_from=st.sampled_from([1, 2000, 1 << 20]),
+    seed=st.integers(0, 99),
+)
+@example(stored=[plain(20000, gap=24), plain(20000)], direct=True, in_place_from=1, seed=0)  # in chunks, shifted
+@example(stored=[plain(8192 + 10, gap=4096 + 32)], direct=True, in_place_from=1, seed=0)  # ends within the shift
+@example(stored=[plain(20000), plain(20000, where="same")], direct=True, in_place_from=1, seed=0)
+@settings(deadline=None, max_examples=120)
+def test_what_is_read_is_what_is_stored(
+    folder: Path, stored: list[Stored], direct: bool, in_place_from: int, seed: int
+) -> None:
+    """Byte for byte and whatever the layout, dtype, order of jobs and way of reading; casts are those of torch."""
+    case = Case(folder, stored, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_IN_PLACE_FROM", in_place_from)
+        plan = UnitReadPlan.make(case.wanted, ReadSettings(direct, CHUNK, SCRATCH))
+    check_placements(plan, case.wanted)
+    check_reads(plan, direct=direct)
+    tensors = execute(case, plan, direct=direct, order=random.Random(seed))
+    for wanted in case.wanted:
+        found, expected = tensors[wanted.name], case.expected(wanted)
+        assert found.shape == expected.shape
+        assert same_bytes(found, expected), wanted
+        assert found.numel() == 0 or found.data_ptr() % ALIGNMENT == 0
+        assert wanted.info.stride is None or 0 in found.shape or found.stride() == wanted.info.stride
+
+
+@given(
+    kind=st.sampled_from(
+        [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float64, torch.half)]
+    ),
+    count=st.integers(16000, 40000),
+    direct=st.booleans(),
+)
+@settings(deadline=None, max_examples=10)
+def test_long_casts_are_those_of_torch(
+    folder: Path, kind: tuple[torch.dtype, torch.dtype], count: int, direct: bool
+) -> None:
+    """Cutting a cast into blocks and scratches changes no bit of it."""
+    case = Case(folder, [Stored(kind[0], (count,), 3, "a", kind[1], False)], count)
+    plan = UnitReadPlan.make(case.wanted, ReadSettings(direct, CHUNK, SCRATCH))
+    found = execute(case, plan, direct=direct, order=random.Random(0))["w0"]
+    assert same_bytes(found, case.expected(case.wanted[0]))
+
+
+def reads_of(plan: UnitReadPlan) -> list[PlacedRead | CopiedRead | LoaderRead]:
+    return [read for job in plan.jobs for read in job]
+
+
+def test_large_stretches_are_read_in_place(folder: Path) -> None:
+    """A megabyte of neighbours is read in large chunks to where it stays; what is small goes through the scratch."""
+    case = Case(folder, [plain(1 << 20, gap=8), plain(1 << 20), plain(100, where="b")], 0)
+    plan = UnitReadPlan.make(case.wanted, ReadSettings(True, 1 << 20, 1 << 16))
+    kinds = [(type(read), getattr(read, "shift", None)) for read in reads_of(plan)]
+    assert kinds == [(PlacedRead, 8), (PlacedRead, 8), (PlacedRead, 8), (CopiedRead, None)]
+    assert plan.nbytes <= (2 << 20) + 3 * PAGE
+
+
+def test_neighbours_are_one_read(folder: Path) -> None:
+    """Small weights side by side come with one read, and over small gaps too; a large gap starts another."""
+    case = Case(folder, [plain(100), plain(100), plain(100, gap=PAGE), plain(100, gap=PAGE + 1)], 0)
+    plan = UnitReadPlan.make(case.wanted, ReadSettings(True, 1 << 20, 1 << 20))
+    assert [len(read.parts) for read in reads_of(plan) if isinstance(read, CopiedRead)] == [3, 1]
+
+
+def test_casts_of_a_loader_share_their_staging_in_one_job(folder: Path) -> None:
+    """Weights that pass through one staging place are read in order, by one reader."""
+    weights = [Stored(torch.float32, (5000,), 0, "loader", torch.float16, False)] * 3
+    case = Case(folder, weights, 0)
+    plan = UnitReadPlan.make(case.wanted, ReadSettings(True, CHUNK, SCRATCH))
+    staged = [job for job in plan.jobs if any(getattr(read, "staging_offset", None) is not None for read in job)]
+    assert len(staged) == 1
+
+
+def test_a_unit_without_weights_has_an_empty_plan() -> None:
+    """Nothing to read, no room needed."""
+    plan = UnitReadPlan.make([], ReadSettings(True))
+    assert (plan.nbytes, plan.placements, plan.jobs) == (0, (), ())
+    assert np.zeros(0, np.uint8).nbytes == plan.nbytes

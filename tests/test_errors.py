@@ -1,0 +1,229 @@
+"""Bad input: an error that names module, weight, file and cure, as early as it can be known, and a model that recovers."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import odewei
+from odewei import errors
+from odewei.torch import ShardedWeightsLoader, init_on_demand_weights_model
+from tests import models
+
+BUILD = models.CASES["llama"].build
+FIRST = "model.layers.2.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return models.save(models.resident(BUILD), tmp_path / "model.safetensors")
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    from safetensors.torch import load_file
+
+    state = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(state)
+    save_file(state, path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """A path that is not there is an error at once."""
+    with pytest.raises(errors.CheckpointNotFoundError, match="nowhere"):
+        init_on_demand_weights_model(BUILD, str(tmp_path / "nowhere.safetensors"))
+
+
+def test_missing_weight(path: Path) -> None:
+    """A weight that the checkpoint lacks is named when the model is built, with the way out."""
+    _rewrite(path, lambda state: state.pop(FIRST))
+    with pytest.raises(errors.MissingWeightError) as caught:
+        init_on_demand_weights_model(BUILD, str(path))
+    assert caught.value.weight == FIRST
+    assert caught.value.module == "model.layers.2.mlp.up_proj"
+    assert "on_missing" in str(caught.value)
+
+
+def test_missing_weight_initialised(path: Path) -> None:
+    """on_missing="init" gives the weight values, once, and streams the rest."""
+    _rewrite(path, lambda state: state.pop(FIRST))
+    with models.streamed(BUILD, str(path), on_missing="init", memory_budget="150kB") as model:
+        weight = model.model.layers[2].mlp.up_proj.weight.clone()
+        first = models.outputs(model, models.CASES["llama"].inputs(1))
+        assert weight.isfinite().all()
+        assert weight.std() > 0
+        assert models.same_bits(models.outputs(model, models.CASES["llama"].inputs(1)), first)
+        assert torch.equal(model.model.layers[2].mlp.up_proj.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("stored", "what"),
+    [
+        (torch.zeros(3, 5), "shape"),
+        (torch.zeros(112, 48, dtype=torch.int8), "int8"),
+        (torch.zeros(112, 48).to(torch.float8_e4m3fn), "float8"),
+    ],
+)
+def test_weight_that_does_not_fit(stored: torch.Tensor, what: str, path: Path) -> None:
+    """Another shape, or a dtype that cannot stand for the model's, is named when the model is built."""
+    _rewrite(path, lambda state: state.__setitem__(FIRST, stored))
+    with pytest.raises(errors.WeightMismatchError, match=what) as caught:
+        init_on_demand_weights_model(BUILD, str(path))
+    assert (caught.value.weight, caught.value.file) == (FIRST, str(path))
+
+
+def test_truncated_file(path: Path) -> None:
+    """A file that is shorter than its header says is an error when the model is built."""
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(errors.CorruptCheckpointError):
+        init_on_demand_weights_model(BUILD, str(path))
+
+
+def test_header_that_lies(path: Path) -> None:
+    """A header whose length is beyond the file is refused before anything is allocated."""
+    path.write_bytes((1 << 60).to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(errors.CorruptCheckpointError):
+        init_on_demand_weights_model(BUILD, str(path))
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/../../model.safetensors"])
+def test_index_that_leads_outside(shard: str, tmp_path: Path) -> None:
+    """An index that names a file outside of its folder is refused."""
+    folder = tmp_path / "inside"
+    folder.mkdir()
+    models.save(models.resident(BUILD), tmp_path / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {FIRST: shard}}))
+    with pytest.raises(errors.UnsafeCheckpointError):
+        init_on_demand_weights_model(BUILD, ShardedWeightsLoader(str(index), str(folder)))
+
+
+def test_budget_too_small(path: Path) -> None:
+    """The error names the smallest budget that works; it does, and one byte less does not."""
+    needed = models.smallest_budget(BUILD, path)
+    with models.streamed(BUILD, str(path), memory_budget=needed) as model:
+        models.outputs(model, models.CASES["llama"].inputs(1))
+        assert odewei.report(model).peak_bytes <= needed
+        assert odewei.report(model).overdrafts == 0
+    with pytest.raises(errors.BudgetTooSmallError, match=str(needed)):
+        init_on_demand_weights_model(BUILD, str(path), memory_budget=needed - 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefetch_depth": -1},
+        {"prefetch_depth": 1.5},
+        {"prefetch_depth": "deep"},
+        {"memory_budget": "much"},
+        {"memory_budget": 0},
+        {"memory_budget": -5},
+        {"dtype": torch.int8},
+        {"granularity": "fine"},
+        {"io": "fast"},
+        {"num_readers": 0},
+        {"on_missing": "ignore"},
+        {"enable_preloading": "yes"},
+        {"device": "no device"},
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work(options: dict[str, object], path: Path) -> None:
+    """Every keyword is checked, and the error says its name and value."""
+    with pytest.raises(errors.OptionsError) as caught:
+        init_on_demand_weights_model(BUILD, str(path), **options)  # type: ignore[arg-type]
+    (value,) = options.values()
+    assert str(value).strip("'") in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"device": "meta"}, {"host_budget": "1GiB"}], ids=str)
+def test_options_that_cannot_work_yet(options: dict[str, object], path: Path) -> None:
+    """What does not exist yet is refused by name, never ignored."""
+    with pytest.raises(NotImplementedError, match=next(iter(options))):
+        init_on_demand_weights_model(BUILD, str(path), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("depth", [0, "auto"])
+def test_file_damaged_while_the_model_runs(depth: int | str, path: Path) -> None:
+    """A file cut short under a running model: an error with its name, and right numbers once it is whole again."""
+    reference = models.resident(BUILD)
+    whole = path.read_bytes()
+    inputs = models.CASES["llama"].inputs(1)
+    budget = models.smallest_budget(BUILD, path) * 2
+    with models.streamed(BUILD, str(path), memory_budget=budget, prefetch_depth=depth) as model:
+        models.outputs(model, inputs)
+        stat = path.stat()
+        path.write_bytes(whole[: len(whole) // 4])
+        with pytest.raises(errors.WeightReadError) as caught:
+            for _ in range(3):
+                models.outputs(model, inputs)
+        assert str(path) in str(caught.value)
+        assert caught.value.module
+        path.write_bytes(whole)
+        import os
+
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        for _ in range(2):
+            assert models.same_bits(models.outputs(model, inputs), models.outputs(reference, inputs))
+
+
+@pytest.mark.parametrize("depth", [0, "auto"])
+def test_function_that_fails_once(depth: int | str) -> None:
+    """What a loading function raises reaches the forward as the cause; the next call is right."""
+    reference = models.resident(BUILD)
+    state = reference.state_dict()
+    broken = {"on": False}
+
+    def load(module: str, names: list[str]) -> dict[str, torch.Tensor]:
+        if broken["on"] and any("layers.3" in name for name in names):
+            raise ConnectionError("no route to the weights")
+        return {name: state[name] for name in names}
+
+    inputs = models.CASES["llama"].inputs(1)
+    with models.streamed(BUILD, load, memory_budget="150kB", prefetch_depth=depth) as model:
+        models.outputs(model, inputs)
+        broken["on"] = True
+        with pytest.raises(errors.WeightReadError, match="no route") as caught:
+            for _ in range(3):
+                models.outputs(model, inputs)
+        assert isinstance(caught.value.__cause__, ConnectionError)
+        assert "layers.3" in str(caught.value.module)
+        broken["on"] = False
+        for _ in range(2):
+            assert models.same_bits(models.outputs(model, inputs), models.outputs(reference, inputs))
+
+
+def test_not_a_streamed_model() -> None:
+    """report() of an ordinary model says what it wants; close() and materialize() leave it alone."""
+    ordinary = nn.Linear(2, 2)
+    with pytest.raises(errors.OptionsError, match="Linear"):
+        odewei.report(ordinary)
+    assert odewei.materialize(ordinary) is ordinary
+    odewei.close(ordinary)
+
+
+def test_after_close(path: Path) -> None:
+    """A closed model says so instead of hanging; closing twice is fine."""
+    model = init_on_demand_weights_model(BUILD, str(path))
+    models.outputs(model, models.CASES["llama"].inputs(1))
+    odewei.close(model)
+    odewei.close(model)
+    with pytest.raises(errors.ClosedError):
+        models.outputs(model, models.CASES["llama"].inputs(1))
+    with pytest.raises(errors.ClosedError):
+        odewei.materialize(model)
+
+
+def test_errors_say_everything_and_travel() -> None:
+    """The message holds problem, place and cure, and survives pickling."""
+    error = errors.MissingWeightError("gone", module="m", weight="w", file="f", cure="Look for it")
+    assert str(error) == "gone (module 'm', weight 'w', file 'f'). Look for it"
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.cure) == (type(error), str(error), error.cure)
