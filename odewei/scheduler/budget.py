@@ -20,21 +20,22 @@ _UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 
 def parse_nbytes(text: str) -> int:
     """Bytes from text such as ``"6GiB"``, ``"1.5 GB"`` or ``"4096"``. Raises OptionsError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise OptionsError(
-            f"{text!r} is not a number of bytes", cure='Write for example 6_000_000_000, "6GB" or "6GiB"'
+            f"{text!r} is not a number of bytes", cure='Write for example "6000000000", "6GB" or "6GiB"'
         )
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def format_nbytes(nbytes: float) -> str:
     """Bytes for people, in binary units, three digits: ``"1.47 GiB"``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024 or unit == "GiB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+    power = 0
+    while abs(nbytes) >= 999.5 and power < 4:
         nbytes /= 1024
-    raise AssertionError("unreachable")
+        power += 1
+    digits = 0 if power == 0 or abs(nbytes) >= 99.95 else 1 if abs(nbytes) >= 9.995 else 2
+    return f"{nbytes:.{digits}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 @dataclass(eq=False, slots=True)

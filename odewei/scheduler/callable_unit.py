@@ -16,7 +16,7 @@ from odewei.errors import WeightMismatchError
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.read_plan import Placement
 from odewei.scheduler.reader import FileTable, Job, Resized, tensors_over
-from odewei.scheduler.slabs import ALIGNMENT, PAGE, Bytes, SlabPool, round_up
+from odewei.scheduler.slabs import ALIGNMENT, Bytes, SlabPool, round_up, slab_bytes
 
 __all__ = ["CallableUnit", "Expected"]
 
@@ -121,4 +121,4 @@ def _layout(weights: Sequence[Expected], dtypes: Mapping[str, torch.dtype]) -> t
         dtype = dtypes[weight.name]
         placements.append(Placement(weight.name, offset, dtype, weight.shape, None))
         used = offset + torch.Size(weight.shape).numel() * dtype.itemsize
-    return tuple(placements), round_up(used, PAGE if used >= PAGE else ALIGNMENT)
+    return tuple(placements), slab_bytes(used)

@@ -24,7 +24,7 @@ from itertools import groupby
 import torch
 
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
-from odewei.scheduler.slabs import ALIGNMENT, PAGE, round_up
+from odewei.scheduler.slabs import ALIGNMENT, PAGE, round_up, slab_bytes
 
 __all__ = [
     "Cast",
@@ -193,7 +193,7 @@ class _Layout:
             )
             for weight in wanted
         )
-        size = round_up(self.used, PAGE if self.used >= PAGE else ALIGNMENT)
+        size = slab_bytes(self.used)
         return UnitReadPlan(size, placements, tuple(self._jobs(size)))
 
     def _shift(self, item: tuple[Wanted, Span]) -> int | None:

@@ -8,8 +8,8 @@ The finalizer runs in whichever thread drops the last reference, at any moment, 
 it only appends to a deque. Everybody who looks at the pool drains that deque first.
 
 Large slabs are anonymous memory maps with huge pages: reading into 4 KiB pages costs the processor time that the model
-computes with, and fresh pages cost a copy at a third of its speed, which is why slabs are kept and used again. A free
-slab still occupies its bytes of the budget until another size needs them.
+computes with, and fresh pages have to be cleared first, which is why slabs are kept and used again, for another size by
+remapping their pages. A free slab still occupies its bytes of the budget until another size needs them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from odewei.scheduler.budget import Budget, Reservation
 
-__all__ = ["ALIGNMENT", "PAGE", "Slab", "SlabPool", "round_up"]
+__all__ = ["ALIGNMENT", "HUGE_PAGE", "PAGE", "Slab", "SlabPool", "round_up", "slab_bytes"]
 
 ALIGNMENT = 64
 """Every tensor lies at a multiple of this many bytes: CPU kernels give other last bits when a weight does not."""
@@ -33,7 +33,8 @@ ALIGNMENT = 64
 PAGE = 4096
 """Direct reads start and end at multiples of this in the file and in memory."""
 
-_HUGE_PAGE = 2 << 20
+HUGE_PAGE = 2 << 20
+_WHOLE_HUGE_PAGES_FROM = 32 << 20  # larger slabs are whole huge pages; what that wastes is at most a sixteenth
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -41,6 +42,13 @@ Bytes = npt.NDArray[np.uint8]
 def round_up(nbytes: int, multiple: int) -> int:
     """The next multiple at or above ``nbytes``."""
     return -(-nbytes // multiple) * multiple
+
+
+def slab_bytes(nbytes: int) -> int:
+    """The size of the slab that ``nbytes`` bytes need."""
+    if nbytes >= _WHOLE_HUGE_PAGES_FROM:
+        return round_up(nbytes, HUGE_PAGE)
+    return round_up(nbytes, PAGE if nbytes >= PAGE else ALIGNMENT)
 
 
 class Slab:
@@ -52,22 +60,23 @@ class Slab:
         self.nbytes = nbytes
         self.reservation = reservation
         self.leaving = False
-        self._memory: mmap.mmap | bytearray
-        if nbytes >= PAGE:
-            large = nbytes >= _HUGE_PAGE
-            self._memory = mmap.mmap(-1, nbytes + (_HUGE_PAGE if large else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
-            if large and hasattr(mmap, "MADV_HUGEPAGE"):
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
-            boundary = _HUGE_PAGE if large else PAGE
-        else:
-            self._memory = bytearray(nbytes + ALIGNMENT)
-            boundary = ALIGNMENT
-        start = np.frombuffer(self._memory, np.uint8).ctypes.data
-        self._offset = round_up(start, boundary) - start
+        self._memory, self._offset = _allocate(nbytes)
 
     def view(self) -> Bytes:
         """The slab's bytes, for filling and reading. Whoever holds it, or anything made from it, keeps the memory."""
         return np.frombuffer(self._memory, np.uint8, self.nbytes, self._offset)
+
+    def try_resize(self, nbytes: int, reservation: Reservation) -> bool:
+        """Make a free slab of whole huge pages another size, keeping its pages: fresh ones have to be cleared first."""
+        whole = self.nbytes % HUGE_PAGE == nbytes % HUGE_PAGE == 0
+        if not whole or not isinstance(self._memory, mmap.mmap) or len(self._memory) != self.nbytes:
+            return False
+        try:
+            self._memory.resize(nbytes)
+        except (BufferError, SystemError, OSError):  # a view is just dying; no mremap here; no addresses left
+            return False
+        self.nbytes, self.reservation = nbytes, reservation
+        return True
 
     def unmap(self) -> None:
         """Give the memory back to the system, at once or as soon as the view whose finalizer is running is gone."""
@@ -75,6 +84,28 @@ class Slab:
 
     def __repr__(self) -> str:
         return f"<Slab of {self.nbytes} bytes for {self.reservation.owner}{', leaving' if self.leaving else ''}>"
+
+
+def _allocate(nbytes: int) -> tuple[mmap.mmap | bytearray, int]:
+    """Memory, and the offset in it from which ``nbytes`` bytes lie as they should."""
+    if nbytes < PAGE:
+        return _aligned(bytearray(nbytes + ALIGNMENT), ALIGNMENT)
+    if nbytes < HUGE_PAGE:
+        return _aligned(_map(nbytes), PAGE)
+    memory, offset = _aligned(_map(nbytes), HUGE_PAGE)  # recent kernels align large mappings themselves
+    return (memory, offset) if offset == 0 else _aligned(_map(nbytes + HUGE_PAGE), HUGE_PAGE)
+
+
+def _map(nbytes: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+    if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _aligned(memory: mmap.mmap | bytearray, boundary: int) -> tuple[mmap.mmap | bytearray, int]:
+    start = np.frombuffer(memory, np.uint8).ctypes.data
+    return memory, round_up(start, boundary) - start
 
 
 class SlabPool:
@@ -116,6 +147,8 @@ class SlabPool:
             if slab is None:
                 if nbytes > self.budget.free_bytes + self._unneeded_bytes() and not beyond_limit:
                     return None
+                slab = self._resized(owner, nbytes)
+            if slab is None:
                 self._unmap_free(nbytes)
                 slab = Slab(nbytes, self.budget.reserve(owner, nbytes, beyond_limit=beyond_limit))
             slab.reservation.owner = owner
@@ -210,6 +243,22 @@ class SlabPool:
         if not slabs:
             del self._free[nbytes]
         return slab
+
+    def _resized(self, owner: str, nbytes: int) -> Slab | None:
+        """A large free slab of about the size, made to fit; None if there is none or the budget has no room for it."""
+        near = [size for size in self._free if nbytes // 2 < size < 2 * nbytes]
+        slab = self._take_free(max(near)) if near and nbytes % HUGE_PAGE == 0 else None
+        if slab is None:
+            return None
+        self.budget.release(slab.reservation)
+        self._unmap_free(nbytes)
+        if nbytes <= self.budget.free_bytes:
+            reservation = self.budget.reserve(owner, nbytes)
+            if slab.try_resize(nbytes, reservation):
+                return slab
+            self.budget.release(reservation)
+        slab.unmap()
+        return None
 
     def _unmap_free(self, needed_bytes: int | None) -> None:
         """Unmap free slabs, the largest first, then drop spares, the newest first, until ``needed_bytes`` can be

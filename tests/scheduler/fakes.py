@@ -138,6 +138,14 @@ class Setup:
     def resident_bytes(self) -> int:
         return sum(slab.nbytes for slab in self.ledger.resident_slabs())
 
+    def prefetch(self) -> None:
+        """What a prefetching driver's thread does, here and now. For the synchronous one, whose window is closed."""
+        assert isinstance(self.driver, SynchronousDriver)
+        while (decision := self.ledger.next_decision()) is not None:
+            slab = self.driver._make_room(decision)
+            if slab is not None:
+                self.driver._read(decision.fetch, slab)
+
     def check(self) -> None:
         """Everything adds up."""
         self.ledger.check_invariants()
@@ -175,7 +183,7 @@ class Forward:
         except BaseException as error:
             self._error = error
 
-    def join(self) -> BaseException | None:
-        self._thread.join(PATIENCE)
+    def join(self, patience: float = PATIENCE) -> BaseException | None:
+        self._thread.join(patience)
         assert not self._thread.is_alive(), "a forward hangs"
         return self._error

@@ -14,6 +14,7 @@ from odewei.scheduler.budget import Budget, Reservation, format_nbytes, parse_nb
     [
         ("0", 0),
         ("4096", 4096),
+        ("1_000", 1000),
         (" 7 b ", 7),
         ("1kB", 1000),
         ("1KiB", 1024),
@@ -29,7 +30,7 @@ def test_text_is_read_as_bytes(text: str, nbytes: int) -> None:
     assert parse_nbytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GB", "1e9", "6 G", "6 gigs", "1.2.3MB", "0x10", "1_000", "nan", "inf"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1GB", "1e9", "6 G", "6 gigs", "1.2.3MB", "0x10", "_1", "nan", "inf"])
 def test_other_text_is_refused_by_name(text: str) -> None:
     """What is not a number of bytes raises, and the message shows it and what to write."""
     with pytest.raises(OptionsError, match=r"not a number of bytes.*GiB") as caught:
@@ -37,7 +38,6 @@ def test_other_text_is_refused_by_name(text: str) -> None:
     assert repr(text) in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="three digits are shown as 1e+03 from 1000 of a unit on")
 @given(st.integers(0, 1 << 50))
 @example(1000 << 10)
 @example(1 << 40)
@@ -48,7 +48,7 @@ def test_what_is_shown_can_be_read_again(nbytes: int) -> None:
 
 @pytest.mark.parametrize(
     ("nbytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1_580_000_000, "1.47 GiB"), (-2048, "-2 KiB")],
+    [(0, "0 B"), (999, "999 B"), (1000 << 10, "0.98 MiB"), (1_580_000_000, "1.47 GiB"), (-2048, "-2.00 KiB")],
 )
 def test_bytes_are_shown_in_binary_units(nbytes: int, text: str) -> None:
     """People see three digits and the largest unit that fits."""

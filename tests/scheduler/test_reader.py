@@ -1,0 +1,302 @@
+"""Reading when disks and files misbehave: faults at the seam to the system."""
+
+import errno
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from odewei.errors import MissingWeightError, WeightReadError
+from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightsLoader
+from odewei.scheduler import read_plan, reader
+from odewei.scheduler.read_plan import Placement, ReadSettings, UnitReadPlan, Wanted
+from odewei.scheduler.reader import FileTable, PlannedUnit, open_direct, tensors_over
+from odewei.scheduler.slabs import PAGE, Bytes
+
+NBYTES = 3 * PAGE + 1000
+Preadv = Callable[[int, Sequence[memoryview], int], int]
+
+
+class System:
+    """Stands before ``os.preadv``. ``faults`` are raised in turn; then at most ``most`` bytes come at a time."""
+
+    def __init__(self, preadv: Preadv) -> None:
+        self._preadv = preadv
+        self.faults: list[int] = []
+        self.most = 1 << 30
+        self.calls: list[tuple[int, int]] = []  # file descriptor, offset
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.calls.append((fd, offset))
+        if self.faults:
+            raise OSError(self.faults[0], os.strerror(self.faults.pop(0)))
+        room = itertools.accumulate(
+            (len(buffer) for buffer in buffers), lambda left, size: left - size, initial=self.most
+        )
+        return self._preadv(fd, [buffer[: max(0, left)] for buffer, left in zip(buffers, room, strict=False)], offset)
+
+
+@pytest.fixture
+def system(monkeypatch: pytest.MonkeyPatch) -> System:
+    fake = System(os.preadv)
+    monkeypatch.setattr(os, "preadv", fake.preadv)
+    return fake
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> CheckpointFile:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(np.random.default_rng(0).bytes(NBYTES))
+    return CheckpointFile.stat(path)
+
+
+@pytest.fixture(params=[False, True], ids=["buffered", "direct"])
+def files(request: pytest.FixtureRequest) -> Iterator[FileTable]:
+    table = FileTable(direct=request.param, scratch_bytes=8 * PAGE)
+    yield table
+    table.close()
+
+
+def read_all(files: FileTable, file: CheckpointFile) -> bytes:
+    """The whole file through two buffers of whole pages, as a shifted read does."""
+    scratch = files.scratch()
+    scratch[:] = 0
+    files.read(file, [scratch[:PAGE], scratch[PAGE : 5 * PAGE]], 0, file.size)
+    return bytes(scratch[: file.size])
+
+
+def unit_of(file: CheckpointFile, *, direct: bool, nbytes: int = NBYTES) -> PlannedUnit:
+    info = WeightInfo("w", torch.uint8, (nbytes,), Span(file, 0, nbytes))
+    return PlannedUnit(UnitReadPlan.make([Wanted("w", info, torch.uint8)], ReadSettings(direct)), NoLoader())
+
+
+class NoLoader(WeightsLoader):
+    """Delivers nothing; ``error`` is what it raises."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self._error = error
+
+    def weights(self) -> dict[str, WeightInfo]:
+        return {}
+
+    def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
+        raise self._error or AssertionError("every weight is in a file")
+
+
+@pytest.mark.parametrize("most", [PAGE, 1000, 1])
+def test_short_reads_go_on_where_they_ended(system: System, files: FileTable, file: CheckpointFile, most: int) -> None:
+    """However few bytes come at a time, and at whatever odd offset it has to go on, all arrive in order."""
+    system.most = most
+    assert read_all(files, file) == file.path.read_bytes()
+    assert len(system.calls) >= NBYTES // most
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_passing_disk_error_is_tried_again(
+    system: System, files: FileTable, file: CheckpointFile, failures: int
+) -> None:
+    """An EIO or two are survived."""
+    system.faults = [errno.EIO] * failures
+    assert read_all(files, file) == file.path.read_bytes()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EBADMSG])
+def test_a_lasting_disk_error_names_the_file(system: System, files: FileTable, file: CheckpointFile, code: int) -> None:
+    """Tries are bounded; the error names the file and chains the system's. Later reads are not affected."""
+    system.faults = [code] * 3
+    with pytest.raises(WeightReadError, match=os.strerror(code)) as caught:
+        read_all(files, file)
+    assert caught.value.file == str(file.path)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert len(system.calls) == (3 if code == errno.EIO else 1)
+    system.faults = []
+    assert read_all(files, file) == file.path.read_bytes()
+
+
+def test_a_refused_direct_read_falls_back(system: System, file: CheckpointFile) -> None:
+    """A file system that opens for direct reads and then refuses them is read through the page cache from then on."""
+    files = FileTable(direct=True, scratch_bytes=8 * PAGE)
+    system.faults = [errno.EINVAL]
+    assert read_all(files, file) == file.path.read_bytes()
+    assert read_all(files, file) == file.path.read_bytes()
+    assert len({fd for fd, _ in system.calls[1:]}) == 1, "the second descriptor is used once and for all"
+    assert system.calls[0][0] != system.calls[1][0]
+    files.close()
+
+
+def test_a_buffered_file_has_nothing_to_fall_back_to(system: System, file: CheckpointFile) -> None:
+    """EINVAL of a buffered read is an error, not a reason to try for ever."""
+    files = FileTable(direct=False, scratch_bytes=8 * PAGE)
+    system.faults = [errno.EINVAL]
+    with pytest.raises(WeightReadError):
+        read_all(files, file)
+    files.close()
+    files = FileTable(direct=True, scratch_bytes=8 * PAGE)
+    system.faults = [errno.EINVAL] * 2
+    with pytest.raises(WeightReadError):
+        read_all(files, file)
+    files.close()
+
+
+@pytest.mark.parametrize(("code", "opens"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EACCES, False)])
+def test_a_refused_direct_open_falls_back(
+    monkeypatch: pytest.MonkeyPatch, file: CheckpointFile, code: int, opens: bool
+) -> None:
+    """Where direct reads cannot be had the file is opened without; other errors are errors that name the file."""
+    real_open = os.open
+
+    def refusing(path: str, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return real_open(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refusing)
+    files = FileTable(direct=True, scratch_bytes=8 * PAGE)
+    if opens:
+        assert read_all(files, file) == file.path.read_bytes()
+    else:
+        with pytest.raises(WeightReadError, match=os.strerror(code)) as caught:
+            read_all(files, file)
+        assert caught.value.file == str(file.path)
+    files.close()
+
+
+def test_an_opener_for_direct_reads_asks_for_them(file: CheckpointFile) -> None:
+    """Unless refused, the descriptor reads past the page cache."""
+    import fcntl
+
+    fd = open_direct(str(file.path), os.O_RDONLY)
+    assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+    os.close(fd)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 5000)
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+def replace(path: Path) -> None:
+    path.with_name("new").write_bytes(path.read_bytes())
+    path.with_name("new").replace(path)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [cut, touch, replace, remove])
+def test_a_file_that_is_not_the_same_any_more_is_noticed(
+    files: FileTable, file: CheckpointFile, change: Callable[[Path], None]
+) -> None:
+    """Cut, written, replaced or gone since its header was read: the read raises, and the error names the file."""
+    change(file.path)
+    with pytest.raises(WeightReadError) as caught:
+        read_all(files, file)
+    assert caught.value.file == str(file.path)
+
+
+@pytest.mark.parametrize("change", [cut, touch])
+def test_a_file_that_changes_while_it_is_open_is_noticed(
+    files: FileTable, file: CheckpointFile, change: Callable[[Path], None]
+) -> None:
+    """A change under the open descriptor is noticed by the next read."""
+    read_all(files, file)
+    change(file.path)
+    with pytest.raises(WeightReadError, match="changed"):
+        read_all(files, file)
+
+
+def test_a_header_that_promises_too_much_is_noticed(files: FileTable, file: CheckpointFile) -> None:
+    """A read that ends with the file before everything has come says how much is missing."""
+    with pytest.raises(WeightReadError, match="7 bytes too early"):
+        files.read(file, [files.scratch()], 0, NBYTES + 7)
+
+
+def test_a_table_opens_each_file_once_and_again_after_close(files: FileTable, file: CheckpointFile) -> None:
+    """A descriptor is kept and shared; the loser of a race to open is closed; after close it is opened anew."""
+    assert not files.is_open(file)
+    fd = files.fd(file)
+    assert files.is_open(file)
+    late = open(file.path, "rb", buffering=0)  # noqa: SIM115
+    files.keep(file, late)
+    assert late.closed
+    assert files.fd(file) == fd
+    files.close()
+    files.close()
+    assert not files.is_open(file)
+    assert read_all(files, file) == file.path.read_bytes()
+
+
+@given(most=st.integers(1, 3 * PAGE), offset=st.integers(0, 300), direct=st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_shifted_reads_survive_short_ones(
+    tmp_path_factory: pytest.TempPathFactory, most: int, offset: int, direct: bool
+) -> None:
+    """A unit whose bytes are moved after reading is right whatever the system returns at a time."""
+    path = tmp_path_factory.mktemp("short") / "weights.bin"
+    path.write_bytes(np.random.default_rng(offset).bytes(offset + NBYTES))
+    file = CheckpointFile.stat(path)
+    info = WeightInfo("w", torch.uint8, (NBYTES,), Span(file, offset, NBYTES))
+    files = FileTable(direct=direct, scratch_bytes=8192)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_plan, "_IN_PLACE_FROM", 1)
+        plan = UnitReadPlan.make([Wanted("w", info, torch.uint8)], ReadSettings(direct, 8192, 8192))
+        system = System(os.preadv)
+        system.most = most
+        patch.setattr(os, "preadv", system.preadv)
+        slab = np.frombuffer(bytearray(plan.nbytes), np.uint8)
+        for job in PlannedUnit(plan, NoLoader()).jobs():
+            job.run(slab, files)
+    files.close()
+    assert bytes(tensors_over(slab, plan.placements)["w"].numpy()) == path.read_bytes()[offset:]
+
+
+@pytest.mark.parametrize("error", [MissingWeightError("gone", weight="w"), ValueError("odd")])
+def test_the_error_of_a_loader_is_told(error: Exception) -> None:
+    """Errors of the library pass as they are; others are chained to one that names the weight."""
+    info = WeightInfo("w", torch.uint8, (5,), None)
+    plan = UnitReadPlan.make([Wanted("w", info, torch.uint8)], ReadSettings(False))
+    (job,) = PlannedUnit(plan, NoLoader(error)).jobs()
+    assert list(job.files()) == []
+    with pytest.raises((MissingWeightError, WeightReadError)) as caught:
+        job.run(np.zeros(plan.nbytes, np.uint8), FileTable(direct=False, scratch_bytes=PAGE))
+    assert caught.value is error or caught.value.__cause__ is error
+    assert caught.value.weight == "w"
+
+
+def test_jobs_say_which_files_they_need(file: CheckpointFile) -> None:
+    """Whoever runs a job can open its files before; it returns the bytes it has read."""
+    (job,) = unit_of(file, direct=False).jobs()
+    assert list(job.files()) == [file]
+    files = FileTable(direct=False, scratch_bytes=PAGE)
+    assert job.run(np.zeros(unit_of(file, direct=False).nbytes, np.uint8), files) == NBYTES
+    files.close()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_tensors_can_be_trained_through_whatever_the_mode(inference: bool) -> None:
+    """Tensors made in inference mode are ordinary ones; each has a storage of its own over the slab."""
+    slab: Bytes = np.zeros(256, np.uint8)
+    places = [Placement(name, offset, torch.float32, (4,), None) for name, offset in (("a", 0), ("b", 64))]
+    with torch.inference_mode(inference):
+        tensors = tensors_over(slab, places)
+    assert not any(tensor.is_inference() for tensor in tensors.values())
+    assert tensors["a"].untyped_storage().data_ptr() != tensors["b"].untyped_storage().data_ptr()
+    slab[64:80] = np.ones(4, np.float32).view(np.uint8)
+    assert tensors["b"].tolist() == [1, 1, 1, 1]
+    assert (torch.nn.Parameter(tensors["b"]) * 2).requires_grad
+
+
+def test_resized_says_the_new_size() -> None:
+    """The exception carries the size of the slab that is needed."""
+    assert reader.Resized(77).nbytes == 77
