@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -40,16 +41,14 @@ CHUNK = 32 << 20
 READERS = 4
 
 
-def plain_read(files: list[Path]) -> tuple[float, int]:
-    """Seconds and bytes of reading all files directly, ``READERS`` threads, ``CHUNK`` bytes at a time, and nothing
-    else.
-    """
+def plain_read(files: list[Path], buffers: list[memoryview]) -> tuple[float, int]:
+    """Seconds and bytes of reading all files directly, ``READERS`` threads, ``CHUNK`` bytes at a time: nothing else."""
     jobs = [(path, offset) for path in files for offset in range(0, path.stat().st_size, CHUNK)]
     position, lock, counts = iter(jobs), threading.Lock(), [0] * READERS
     descriptors = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in files}
 
     def work(index: int) -> None:
-        buffer = BUFFERS[index]
+        buffer = buffers[index]
         while True:
             with lock:
                 job = next(position, None)
@@ -69,15 +68,25 @@ def plain_read(files: list[Path]) -> tuple[float, int]:
     return seconds, sum(counts)
 
 
-def _huge_buffer() -> mmap.mmap:
-    buffer = mmap.mmap(-1, CHUNK)
-    buffer.madvise(mmap.MADV_HUGEPAGE)
-    for offset in range(0, CHUNK, mmap.PAGESIZE):
-        buffer[offset] = 0
-    return buffer
+def _huge_buffers() -> list[memoryview]:
+    """Buffers on huge pages that have been touched, so that the plain read is as fast as the machine allows."""
+    huge = 2 << 20
+    memory = mmap.mmap(-1, READERS * CHUNK + huge)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % huge
+    whole[::4096] = 1
+    return [whole[start + index * CHUNK : start + (index + 1) * CHUNK].data for index in range(READERS)]
 
 
-BUFFERS = [_huge_buffer() for _ in range(READERS)]
+def best_buffers(files: list[Path], tries: int = 6) -> list[memoryview]:
+    """The buffers that the plain read is fastest with.
+
+    On a virtual machine the bandwidth depends, up to a factor of two, on which physical pages one happens to get.
+    The bar is the best of several sets, so that odewei is not measured against an unlucky one.
+    """
+    sets = [_huge_buffers() for _ in range(tries)]
+    return min(sets, key=lambda buffers: min(plain_read(files, buffers)[0] for _ in range(2)))
 
 
 def timed(model: nn.Module, tokens: int) -> float:
@@ -128,6 +137,7 @@ def streamed(model: nn.Module, tokens: int, passes: int = 2) -> tuple[float, flo
 def run(folder: Path, shape: LlamaShape, budget: int, count: int) -> Iterator[tuple[str, dict[str, list[float]]]]:
     files = sorted(folder.glob("*.safetensors"))
     build = model_fn(shape)
+    buffers = best_buffers(files)
     resident = resident_model(build, files)
     common = {"io": "direct", "memory_budget": budget}
     for tokens in (1, 128, 512):
@@ -138,7 +148,7 @@ def run(folder: Path, shape: LlamaShape, budget: int, count: int) -> Iterator[tu
             assert torch.equal(ahead(ids).logits, resident(ids).logits), "not the same bits"
 
         def measure(tokens: int = tokens, ahead: nn.Module = ahead, twin: nn.Module = twin) -> dict[str, float]:
-            seconds, nbytes = plain_read(files)
+            seconds, nbytes = plain_read(files, buffers)
             pass_seconds, pass_bytes = streamed(ahead, tokens)
             twin_seconds, twin_bytes = streamed(twin, tokens, 1)
             return {

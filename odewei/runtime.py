@@ -6,6 +6,7 @@ closes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import sys
@@ -91,7 +92,8 @@ class Runtime:
         self.binder.connect(self._access, self.driver.leave)
         self._hook(model)
         _runtimes[model] = self
-        self._finalizer = weakref.finalize(model, _close, self.driver, self.binder, source)
+        self.driver.on_closed = functools.partial(_let_go, self.binder, source)
+        self._finalizer = weakref.finalize(model, self.driver.close)
         self.driver.start()
         self.driver.poke()
 
@@ -271,10 +273,8 @@ class _WarnOnce:
         return written
 
 
-def _close(driver: Driver, binder: Binder, source: WeightsLoader | CallableLoader) -> None:
-    driver.close()
+def _let_go(binder: Binder, source: WeightsLoader | CallableLoader) -> None:
     binder.clear()
-    driver.ledger.pool.close()
     source.close()
 
 

@@ -1,9 +1,9 @@
 """A dry run: the order in which units are entered, found out without reading one weight.
 
-The model's forward runs with *fake* parameters, which have shape, dtype and device but no values. What is computed from inputs
-and buffers alone is computed for real (masks, positions); whatever a weight has touched is a fake again. Nothing else may
-use the model meanwhile. A forward that decides by values that depend on weights (routed experts on the host, early exits)
-cannot run like this; the first real pass then finds the order out.
+The model's forward runs with *fake* parameters, which have shape, dtype and device but no values. What is computed
+from inputs and buffers alone is computed for real (masks, positions); whatever a weight has touched is a fake again.
+Nothing else may use the model meanwhile. A forward that decides by values that depend on weights (routed experts on
+the host, early exits) cannot run like this; the first real pass then finds the order out.
 """
 
 from __future__ import annotations

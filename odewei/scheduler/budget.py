@@ -22,9 +22,7 @@ def parse_nbytes(text: str) -> int:
     """Bytes from text such as ``"6GiB"``, ``"1.5 GB"`` or ``"4096"``. Raises OptionsError for anything else."""
     match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
-        raise OptionsError(
-            f"{text!r} is not a number of bytes", cure='Write for example "6000000000", "6GB" or "6GiB"'
-        )
+        raise OptionsError(f"{text!r} is not a number of bytes", cure='Write for example "6000000000", "6GB" or "6GiB"')
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Protocol
 
 import torch
 
-from odewei.errors import ClosedError, OdeweiError, WeightReadError
+from odewei.errors import ClosedError, ModelError, OdeweiError, WeightReadError
 from odewei.scheduler.ledger import Ledger, Waiter
 from odewei.scheduler.plan import Decision
 from odewei.scheduler.reader import FileTable, Resized, UnitReader
@@ -43,6 +43,7 @@ class Driver(ABC):
         self._readers = readers
         self._client = client
         self.busy = BusyTime()
+        self.on_closed: Callable[[], None] = lambda: None  # called last, in the thread that closes
 
     # -- the forward thread ------------------------------------------------------------------------------------------
 
@@ -86,7 +87,14 @@ class Driver(ABC):
         """Stop for good: threads end, files close, waiting forwards raise ClosedError. May be called twice."""
         self.ledger.close(ClosedError("the model was closed", cure="Build it again to use it again"))
         self.files.close()
+        self.on_closed()
         self.ledger.pool.close()
+
+    def _used_by_its_reader(self) -> ModelError:
+        return ModelError(
+            "a reader used a weight of the model that it reads for, and would wait for itself",
+            cure="A weights_loader_fn must not use the model",
+        )
 
     def _as_seen_by_forward(self, unit: int, error: BaseException) -> OdeweiError:
         name = self.ledger.units[unit].name
@@ -110,10 +118,7 @@ class Driver(ABC):
             self._client.retract(unit)
         record = self.ledger.units[decision.fetch]
         pool = self.ledger.pool
-        slab = pool.acquire(record.name, record.nbytes, beyond_limit=decision.beyond_limit)
-        if slab is None and record.waiters:
-            pool.stop_expecting_leaving()
-        return slab
+        return pool.acquire(record.name, record.nbytes, beyond_limit=decision.beyond_limit)
 
     def _publish(self, unit: int, slab: Slab, nbytes_read: int) -> None:
         """All bytes are in the slab: bind, then say so."""
@@ -163,6 +168,7 @@ class SynchronousDriver(Driver):
     def __init__(self, ledger: Ledger, readers: Sequence[UnitReader], files: FileTable, client: UnitClient) -> None:
         super().__init__(ledger, readers, files, client)
         self._turn = threading.RLock()  # one thread reads at a time
+        self._reading = False
 
     def start(self) -> None:
         pass
@@ -172,6 +178,8 @@ class SynchronousDriver(Driver):
 
     def _serve(self, waiter: Waiter) -> None:
         with self._turn:
+            if self._reading:
+                raise self._used_by_its_reader()
             while not waiter.done.is_set():
                 decision = self.ledger.next_decision()
                 assert decision is not None, "a forward waits, and nothing can be done"
@@ -182,6 +190,7 @@ class SynchronousDriver(Driver):
     def _read(self, unit: int, slab: Slab) -> None:
         self.ledger.begin_read(unit, slab)
         nbytes = 0
+        self._reading = True
         try:
             with self.busy:
                 view = slab.view()
@@ -193,6 +202,8 @@ class SynchronousDriver(Driver):
             if not isinstance(error, Exception):
                 raise
             return
+        finally:
+            self._reading = False
         self._publish(unit, slab, nbytes)
 
     def close(self) -> None:

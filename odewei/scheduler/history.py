@@ -53,7 +53,7 @@ class History:
             self._pointer = self._look_up(known)
         known.append(position)
         if len(self._past) > self._kept:
-            self._forget_half()
+            return self._forget_half() and right
         return right
 
     @property
@@ -106,20 +106,25 @@ class History:
             length += 1
         return length
 
-    def _forget_half(self) -> None:
-        """Drop the older half of the past, unless the pointer is in it: then drop what lies before the pointer."""
+    def _forget_half(self) -> bool:
+        """Drop the older half of the past, or what lies before the pointer if that is less.
+
+        False if the pointer was too far back for that, and was looked up anew.
+        """
         dropped = len(self._past) // 2
         if self._pointer is not None:
             dropped = min(dropped, self._pointer - self._first)
         if dropped < self._kept // 8:
-            self._pointer, dropped = None, len(self._past) // 2  # matched too far back to keep: look up again
+            self._pointer, dropped = None, len(self._past) // 2
         self._past = self._past[dropped:]
         self._first += dropped
         self._positions = {}
         for index, unit in enumerate(self._past):
             self._positions.setdefault(unit, []).append(self._first + index)
-        if self._pointer is None and self._past:
-            self._pointer = self._look_up(self._positions[self._past[-1]][:-1])
+        if self._pointer is not None:
+            return True
+        self._pointer = self._look_up(self._positions[self._past[-1]][:-1])
+        return False
 
     def __repr__(self) -> str:
         return f"<History of {len(self._past)} accesses, period {self.period}>"

@@ -103,7 +103,7 @@ class Ledger:
     def __init__(self, pool: SlabPool, window: Window) -> None:
         self.pool = pool
         self.window = window
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a finalizer may close the ledger in a thread that holds it
         self.was_written: Callable[[int], bool] | None = None  # asked, under the lock, before a unit may be evicted
         self.units: list[UnitRecord] = []
         self.counters = Counters()
@@ -212,6 +212,8 @@ class Ledger:
         """Decide what to fetch next, and move its victims to ABSENT. The caller unbinds them, then begins the read."""
         with self.lock:
             wish = self._most_urgent()
+            if wish is not None and wish.demanded:
+                self.pool.stop_expecting_leaving()  # what did not come back at once is held by somebody
             decision = self._decide(wish)
             stuck = wish is not None and wish.demanded and (decision is None or decision.beyond_limit)
             if stuck and self._return_all_stale():
@@ -375,7 +377,7 @@ class Ledger:
         self._clear_ahead(record)
         self.counters.evictions += 1
         if record.slab is not None:
-            self.pool.mark_leaving(record.slab)
+            self.pool.mark_leaving(record.slab, record.name)
             record.slab = None
         self.outlook.note_missing(record.id)
 

@@ -11,6 +11,7 @@ Nothing here holds the model: when the model dies, its finalizer closes the driv
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import aiofiles
 import aiofiles.os
 
-from odewei.errors import ClosedError, ModelError
+from odewei.errors import ClosedError
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.drivers import Driver, UnitClient
 from odewei.scheduler.ledger import Ledger, Waiter
@@ -33,7 +34,7 @@ class _Queued:
 
     __slots__ = ("job", "result", "slab", "unit")
 
-    def __init__(self, unit: int, job: Job, slab: Bytes, result: asyncio.Future[int]) -> None:
+    def __init__(self, unit: int, job: Job, slab: Bytes, result: asyncio.Future[int | BaseException]) -> None:
         self.unit = unit
         self.job = job
         self.slab = slab
@@ -82,63 +83,46 @@ class PrefetchingDriver(Driver):
         if self._poked or self._closing:
             return
         self._poked = True
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: its thread has told everybody so
             self._loop.call_soon_threadsafe(self._awake.set)
-        except RuntimeError:  # the loop is closed: the thread has died, and has told everybody so
-            return
 
     def _serve(self, waiter: Waiter) -> None:
         if self._is_own_thread():
-            raise ModelError(
-                "a reader used a weight of the model that it reads for, and would wait for itself",
-                cure="A weights_loader_fn must not use the model",
-            )
+            raise self._used_by_its_reader()
         self._wake()
         waiter.done.wait()
 
     def close(self) -> None:
-        started = self._thread.ident is not None
-        if not self._closing:
-            self._closing = True
-            self.ledger.close(ClosedError("the model was closed", cure="Build it again to use it again"))
-            if started and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._awake.set)
-        if started and not self._is_own_thread():
-            self._thread.join()
-        elif not started:
+        """May run in any thread at any moment, as a finalizer: the loop's thread does the work, under no lock."""
+        if self._thread.ident is None:
             self._pool.shutdown()
             self._loop.close()
             super().close()
+            return
+        self._closing = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
+            self._loop.call_soon_threadsafe(self._awake.set)
+        if not self._is_own_thread():
+            self._thread.join()
 
     def _is_own_thread(self) -> bool:
-        """Whether the caller is the loop's thread or a reader: a finalizer may run in either, and must not wait for
-        it.
-        """
+        """Whether the caller is the loop's thread or a reader, which must wait for neither."""
         current = threading.current_thread()
         return current is self._thread or current.name.startswith(self._reader_prefix)
 
     # -- the loop's thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        reason: BaseException = ClosedError("the model was closed", cure="Build it again to use it again")
         try:
             self._loop.run_until_complete(self._main())
-        except BaseException as error:
-            reason = ClosedError(
-                f"the thread that reads the weights has died: {type(error).__name__}: {error}",
-                cure="This is a defect of odewei: please report it with the cause above, and build the model again",
-            )
-            reason.__cause__ = error
-            raise
         finally:
-            self._closing = True
-            self.ledger.close(reason)
             self._pool.shutdown()
             self._loop.close()
             super().close()
 
     async def _main(self) -> None:
         workers = [asyncio.create_task(self._work()) for _ in range(self._num_readers)]
+        reason = ClosedError("the model was closed", cure="Build it again to use it again")
         try:
             while not self._closing:
                 self._awake.clear()
@@ -148,15 +132,27 @@ class PrefetchingDriver(Driver):
                     if task.done():
                         task.result()  # a defect in here ends the thread, loudly
                 await self._awake.wait()
+        except BaseException as error:
+            reason = ClosedError(
+                f"the thread that reads the weights has died: {type(error).__name__}: {error}",
+                cure="This is a defect of odewei: please report it with the cause above, and build the model again",
+            )
+            reason.__cause__ = error
+            raise
         finally:
             self._closing = True
-            self._queue.clear()
-            for _ in workers:  # they end what they are doing: a cancelled one would leave its file open
-                self._queued.release()
-            await asyncio.gather(*workers, return_exceptions=True)
-            for task in self._reads:
-                task.cancel()
-            await asyncio.gather(*self._reads, return_exceptions=True)
+            self.ledger.close(reason)  # first of all, so that nobody waits for what follows
+            await self._end(workers)
+
+    async def _end(self, workers: Sequence[asyncio.Task[None]]) -> None:
+        """Let the readers end what they are doing (a cancelled one would leave its file open), then drop the rest."""
+        self._queue.clear()
+        for _ in workers:
+            self._queued.release()
+        await asyncio.gather(*workers, return_exceptions=True)
+        for task in self._reads:
+            task.cancel()
+        await asyncio.gather(*self._reads, return_exceptions=True)
 
     def _decide(self) -> None:
         while (decision := self.ledger.next_decision()) is not None:
@@ -180,7 +176,7 @@ class PrefetchingDriver(Driver):
             results = [self._enqueue(unit, job, view) for job in self._readers[unit].jobs()]
             del view
             try:
-                done = await asyncio.gather(*results, return_exceptions=True)
+                done = await asyncio.gather(*results)
             except asyncio.CancelledError:  # closing: the readers have ended
                 self._give_up(unit, slab, ClosedError("the model was closed while it was read"), 0)
                 raise
@@ -191,8 +187,8 @@ class PrefetchingDriver(Driver):
         else:
             self._give_up(unit, slab, error, nbytes)
 
-    def _enqueue(self, unit: int, job: Job, view: Bytes) -> asyncio.Future[int]:
-        result: asyncio.Future[int] = self._loop.create_future()
+    def _enqueue(self, unit: int, job: Job, view: Bytes) -> asyncio.Future[int | BaseException]:
+        result: asyncio.Future[int | BaseException] = self._loop.create_future()
         self._queue.append(_Queued(unit, job, view, result))
         self._queued.release()
         return result
@@ -210,10 +206,11 @@ class PrefetchingDriver(Driver):
             try:
                 for file in queued.job.files():
                     await self._open(file)
-                queued.result.set_result(await run(queued.job, queued.slab, self.files, executor=self._pool))
+                result = await run(queued.job, queued.slab, self.files, executor=self._pool)
             except Exception as error:
-                queued.result.set_exception(error)
-            del queued
+                result = error
+            queued.result.set_result(result)
+            del queued, result
 
     async def _open(self, file: CheckpointFile) -> None:
         if self.files.is_open(file):
@@ -229,5 +226,9 @@ class PrefetchingDriver(Driver):
                 self.files.keep(file, opened._file)  # type: ignore[attr-defined]
 
 
-def _run_job(job: Job, slab: Bytes, files: FileTable) -> int:
-    return job.run(slab, files)
+def _run_job(job: Job, slab: Bytes, files: FileTable) -> int | BaseException:
+    """In a reader thread. Errors are values here: some of them would mean something to coroutines."""
+    try:
+        return job.run(slab, files)
+    except BaseException as error:
+        return error

@@ -174,13 +174,19 @@ class _Layout:
         in_place: list[list[tuple[Wanted, Span]]] = []
         others: list[list[tuple[Wanted, Span]]] = []
         for run in _runs((weight, span) for weight, span in in_files if span is not None):
+            rest: list[tuple[Wanted, Span]] = []
             for shift, stretch in groupby(run, key=self._shift):
                 piece = list(stretch)
-                large = _length(piece) >= _IN_PLACE_FROM
-                (in_place if shift is not None and large else others).append(piece)
+                if shift is not None and _length(piece) >= _IN_PLACE_FROM:
+                    in_place.append(piece)
+                    others.append(rest)
+                    rest = []
+                else:
+                    rest.extend(piece)
+            others.append(rest)
         for piece in in_place:  # first, because they need whole pages
             self._read_in_place(piece)
-        for piece in others:
+        for piece in filter(None, others):
             self._read_piecewise(piece)
         self._read_from_loader([weight for weight in wanted if weight.info.span is None and weight.nbytes])
         placements = tuple(

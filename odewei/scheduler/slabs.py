@@ -118,7 +118,7 @@ class SlabPool:
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self.on_return: Callable[[], None] | None = None  # called by a finalizer: may take no lock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may close the pool in a thread that holds it
         self._free: dict[int, list[Slab]] = {}
         self._free_bytes = 0
         self._in_use: set[Slab] = set()
@@ -167,9 +167,11 @@ class SlabPool:
         with self._lock:
             self._drain()
 
-    def mark_leaving(self, slab: Slab) -> None:
-        """The unit in ``slab`` was evicted: its bytes come back as soon as nobody holds them."""
-        slab.leaving = True
+    def mark_leaving(self, slab: Slab, owner: str) -> None:
+        """The unit in ``slab`` was evicted: its bytes come back as soon as nobody holds them, or are back already."""
+        with self._lock:
+            self._drain()
+            slab.leaving = slab in self._in_use and slab.reservation.owner == owner
 
     def stop_expecting_leaving(self) -> None:
         """Those who hold memory of evicted units keep it (views that escaped): it counts as used until it is back."""

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 
@@ -16,7 +17,7 @@ from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.plan import Window
 from odewei.scheduler.prefetcher import PrefetchingDriver
 from odewei.scheduler.read_plan import Placement
-from odewei.scheduler.reader import FileTable, Job, tensors_over
+from odewei.scheduler.reader import FileTable, Job, Resized, tensors_over
 from odewei.scheduler.slabs import Bytes, SlabPool
 from odewei.scheduler.states import State
 
@@ -43,13 +44,14 @@ class FakeUnit:
         return ()
 
     def run(self, slab: Bytes, files: FileTable) -> int:
-        assert len(slab) == self.nbytes
         self.log.append(self.unit)
         self.started.set()
         if self.gate is not None:
             assert self.gate.wait(PATIENCE), f"nobody let the read of unit {self.unit} go on"
         if self.fault is not None:
             raise self.fault()
+        if len(slab) != self.nbytes:
+            raise Resized(self.nbytes)
         slab[:] = self.unit
         return self.nbytes
 
@@ -153,10 +155,26 @@ class Setup:
         assert self.budget.overdrafts or self.resident_bytes <= self.budget.limit_bytes
 
 
+def running_frame() -> FrameType:
+    """A frame that outlives every lease of a test: the outermost one."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def enter_and_get_lost(setup: Setup, unit: int) -> None:
+    """What an interrupt does: the call ends, its lease stays behind."""
+    setup.driver.enter(unit, sys._getframe())
+
+
 @contextmanager
-def started(sizes: Sequence[int], limit: int, **options: int | None) -> Iterator[Setup]:
-    """A started setup that is closed afterwards; then all its bytes are accounted for."""
+def started(
+    sizes: Sequence[int], limit: int, prepare: Callable[[Setup], None] = lambda setup: None, **options: int | None
+) -> Iterator[Setup]:
+    """A setup that is prepared, started, and closed afterwards; then all its bytes are accounted for."""
     setup = Setup(sizes, limit, **options)
+    prepare(setup)
     setup.driver.start()
     try:
         yield setup

@@ -194,8 +194,12 @@ def same_bytes(found: torch.Tensor, expected: torch.Tensor, *, cast: bool) -> bo
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("read_plan")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for random files. One thread of torch: many small tensors on busy cores are no work for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path_factory.mktemp("read_plan")
+    torch.set_num_threads(threads)
 
 
 def plain(count: int, *, where: str = "a", gap: int = 0) -> Stored:
