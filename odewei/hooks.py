@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from odewei.guards import refuse_copy
 from odewei.scheduler.drivers import Driver
 
 __all__ = ["hook_pass", "hook_unit"]
@@ -28,6 +29,8 @@ class _Pair(Protocol):
 
 class _UnitHooks:
     """``units`` are entered in order and left in reverse."""
+
+    __deepcopy__ = __reduce_ex__ = refuse_copy
 
     def __init__(self, units: Sequence[int], driver: Driver) -> None:
         self._units = tuple(units)
@@ -49,6 +52,10 @@ class _UnitHooks:
 
 
 class _PassHooks:
+    """Tell the scheduler when a thread is inside the model."""
+
+    __deepcopy__ = __reduce_ex__ = refuse_copy
+
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
 

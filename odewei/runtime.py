@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from odewei.binding import Binder
 from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError
+from odewei.guards import guard, unguard
 from odewei.hooks import hook_pass, hook_unit
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
@@ -90,7 +91,7 @@ class Runtime:
         self.driver = self._make_driver()
         self._ledger = self.driver.ledger
         self.binder.connect(self._access, self.driver.leave)
-        self._hook(model)
+        self._hook(model, infos)
         _runtimes[model] = self
         self.driver.on_closed = functools.partial(_let_go, self.binder, source)
         self._finalizer = weakref.finalize(model, self.driver.close)
@@ -147,6 +148,8 @@ class Runtime:
             parameters.update({name: nn.Parameter(tensor.detach().clone()) for name, tensor in found.items()})
         for handle in self._handles:
             handle.remove()
+        for module in model.modules():
+            unguard(module)
         self.binder.restore(parameters)
         del _runtimes[model]
         self.close()
@@ -241,11 +244,14 @@ class Runtime:
             ledger, self._readers, files, self.binder, num_readers=options.num_readers, name=str(next(_numbers))
         )
 
-    def _hook(self, model: nn.Module) -> None:
+    def _hook(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> None:
         modules = dict(model.named_modules())
         for name, units in self.hooked_modules().items():
             self._handles += hook_unit(modules[name], units, self.driver)
         self._handles += hook_pass(model, self.driver)
+        dtypes = {self._cast(self._stored_dtype(weight, infos)) for unit in self.units for weight in unit.weights}
+        for name in {"", *(use.module for unit in self.units for weight in unit.weights for use in weight.uses)}:
+            guard(modules[name], dtypes)
 
     def _access(self, unit: int) -> None:
         self.driver.enter(unit, sys._getframe(1))

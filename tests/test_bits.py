@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import models as zoo
 
 import odewei
 from odewei.torch import SafetensorsLoader
+from tests import models as zoo
 
 
 @pytest.mark.parametrize("depth", [0, 1, "auto"])

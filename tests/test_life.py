@@ -67,7 +67,7 @@ def test_the_report(path: Path) -> None:
     assert report.passes == 3
     assert report.accesses == 3 * report.units
     assert report.hits + report.stalls == report.accesses
-    assert 0 < report.stall_seconds
+    assert report.stall_seconds > 0
     assert report.read_seconds <= report.stall_seconds
     assert report.compute_seconds > 0
     assert report.floor_seconds == max(report.compute_seconds, report.read_seconds)

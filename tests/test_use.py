@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import models as zoo
 from torch import nn
 
 import odewei
 from odewei.runtime import runtime_of
+from tests import models as zoo
 
 
 @pytest.fixture(params=[0, "auto"], ids=["plain", "prefetch"])
@@ -213,3 +214,19 @@ def test_materialize(pair: tuple[nn.Module, nn.Module]) -> None:
         assert zoo.same_bits(zoo.outputs(one, _inputs()), zoo.outputs(model, _inputs()))
     for name, parameter in model.named_parameters():
         assert torch.equal(dict(streamed.named_parameters())[name], parameter)
+
+
+def test_converting_and_copying_are_refused(pair: tuple[nn.Module, nn.Module]) -> None:
+    """What would load or lose all weights is an error with the cure; what changes nothing is not."""
+    model, streamed = pair
+    for convert in (nn.Module.half, lambda one: one.to(torch.bfloat16), lambda one: one.model.layers[0].double()):
+        with pytest.raises(odewei.OdeweiError, match="dtype="):
+            convert(streamed)
+    with pytest.raises(odewei.OdeweiError, match="materialize"):
+        copy.deepcopy(streamed)
+    with pytest.raises(odewei.OdeweiError, match="materialize"):
+        pickle.dumps(streamed)
+    assert streamed.to("cpu").float() is streamed
+    assert zoo.same_bits(zoo.outputs(streamed, _inputs()), zoo.outputs(model, _inputs()))
+    odewei.materialize(streamed)
+    assert pickle.loads(pickle.dumps(streamed)).half().lm_head.weight.dtype is torch.float16

@@ -115,7 +115,11 @@ class PrefetchingDriver(Driver):
     def _run(self) -> None:
         try:
             self._loop.run_until_complete(self._main())
+        except BaseException as error:  # also what asyncio lets end the loop without a word to its tasks
+            self.ledger.close(_death(error))
+            raise
         finally:
+            self._closing = True
             self._pool.shutdown()
             self._loop.close()
             super().close()
@@ -133,11 +137,7 @@ class PrefetchingDriver(Driver):
                         task.result()  # a defect in here ends the thread, loudly
                 await self._awake.wait()
         except BaseException as error:
-            reason = ClosedError(
-                f"the thread that reads the weights has died: {type(error).__name__}: {error}",
-                cure="This is a defect of odewei: please report it with the cause above, and build the model again",
-            )
-            reason.__cause__ = error
+            reason = _death(error)
             raise
         finally:
             self._closing = True
@@ -224,6 +224,15 @@ class PrefetchingDriver(Driver):
                 except OSError as error:
                     raise cannot_read(file, error) from error
                 self.files.keep(file, opened._file)  # type: ignore[attr-defined]
+
+
+def _death(error: BaseException) -> ClosedError:
+    reason = ClosedError(
+        f"the thread that reads the weights has died: {type(error).__name__}: {error}",
+        cure="This is a defect of odewei: please report it with the cause above, and build the model again",
+    )
+    reason.__cause__ = error
+    return reason
 
 
 def _run_job(job: Job, slab: Bytes, files: FileTable) -> int | BaseException:

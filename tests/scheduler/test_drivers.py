@@ -198,7 +198,6 @@ def test_the_plain_driver_reads_what_is_needed_and_starts_no_thread() -> None:
         assert setup.driver.busy.seconds > 0
 
 
-@pytest.mark.xfail(strict=True, reason="an assertion of the scheduler instead of an error that says what is wrong")
 def test_a_plain_read_that_uses_its_own_unit_says_so() -> None:
     """A function that loads weights by using the model is told that it must not, as the prefetching driver does."""
     with started([PAGE], PAGE) as setup:

@@ -108,7 +108,6 @@ def test_a_seed_that_is_right_is_right_from_the_start(seed: list[int]) -> None:
     assert all(history.record(unit) for unit in seed * 3)
 
 
-@pytest.mark.xfail(strict=True, reason="a pointer that is looked up anew while trimming is reported as still right")
 @given(size=st.integers(1, 30), kept=st.integers(8, 32))
 @example(size=23, kept=24)
 @settings(deadline=None, max_examples=60)

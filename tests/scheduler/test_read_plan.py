@@ -265,7 +265,6 @@ def test_large_stretches_are_read_in_place(folder: Path) -> None:
     assert plan.nbytes <= (2 << 20) + 3 * PAGE
 
 
-@pytest.mark.xfail(strict=True, reason="neighbours at different distances from multiples of 64 are read one by one")
 def test_neighbours_are_one_read(folder: Path) -> None:
     """Small weights side by side come with one read, and over small gaps too; a large gap starts another."""
     case = Case(folder, [plain(100), plain(100), plain(100, gap=PAGE), plain(100, gap=PAGE + 1)], 0)
