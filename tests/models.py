@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class ConvNet(nn.Module):
         widths = [3, 8, 16, 16, 16]
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         )
         self.head = nn.Linear(16, 7)
         for block in self.blocks:
@@ -183,7 +184,7 @@ def outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Ten
     """All tensors that a call returns."""
     with torch.no_grad():
         found = model(**inputs)
-    return [value for value in _tensors(found)]
+    return list(_tensors(found))
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
@@ -205,6 +206,12 @@ def same_bits(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
         and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
         for a, b in zip(left, right, strict=True)
     )
+
+
+def passes(model: nn.Module, inputs: dict[str, torch.Tensor], count: int = 3) -> None:
+    """So many passes, for what need not happen in the first."""
+    for _ in range(count):
+        outputs(model, inputs)
 
 
 def weight_bytes(model: nn.Module) -> int:

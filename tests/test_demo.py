@@ -162,7 +162,7 @@ class TestWriteLlamaCheckpoint:
     def test_a_full_disk_is_said_before_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """With too little room nothing is written, and the error says how much is there and how much is needed."""
         monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: SimpleNamespace(free=70 * MIB))
-        with pytest.raises(OdeweiError, match="70.0 MiB free"):
+        with pytest.raises(OdeweiError, match=r"70\.0 MiB free"):
             write_llama_checkpoint(tmp_path / "c", LlamaShape.near(8 * MIB))
         assert not any(path.is_dir() for path in tmp_path.iterdir())
 

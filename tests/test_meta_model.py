@@ -102,7 +102,8 @@ def rss():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                     num_key_value_heads=8, vocab_size=128256, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+                     num_key_value_heads=8, vocab_size=128256,
+                     rope_parameters={"rope_type": "default", "rope_theta": 5e5})
 before, started = rss(), time.perf_counter()
 model = build_without_weights(lambda: LlamaForCausalLM(config))
 seconds, grown = time.perf_counter() - started, rss() - before
