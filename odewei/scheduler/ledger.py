@@ -291,6 +291,10 @@ class Ledger:
         with self.lock:
             return sum(record.leases for record in self.units)
 
+    def is_held_by_caller(self) -> bool:
+        """Whether this thread is inside the ledger or its pool, and must wait for no one: a finalizer may run there."""
+        return self.lock._is_owned() or self.pool.is_held_by_caller()  # type: ignore[attr-defined]
+
     def check_invariants(self) -> None:
         """Raise AssertionError unless states, sums and slabs agree."""
         self.pool.check_invariants()

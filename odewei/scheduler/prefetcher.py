@@ -102,7 +102,7 @@ class PrefetchingDriver(Driver):
         self._closing = True
         with contextlib.suppress(RuntimeError):  # the loop is closed already
             self._loop.call_soon_threadsafe(self._awake.set)
-        if not self._is_own_thread():
+        if not self._is_own_thread() and not self.ledger.is_held_by_caller():
             self._thread.join()
 
     def _is_own_thread(self) -> bool:

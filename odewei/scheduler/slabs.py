@@ -206,6 +206,10 @@ class SlabPool:
             self._drain()
             self._unmap_free(None)
 
+    def is_held_by_caller(self) -> bool:
+        """Whether this thread is inside a method of the pool."""
+        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
     def check_invariants(self) -> None:
         """Raise AssertionError unless every reserved byte is that of exactly one slab or other reservation."""
         with self._lock:

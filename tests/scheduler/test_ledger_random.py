@@ -87,6 +87,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.setup.prefetch()
 
     @rule(unit=UNITS)
+    def fail_ahead(self, unit: int) -> None:
+        self.setup.units[unit].fault = lambda: ValueError("the disk is on fire")
+        self.setup.prefetch()
+        self.setup.units[unit].fault = None
+
+    @rule(unit=UNITS)
     def fail_and_try_again(self, unit: int) -> None:
         if unit in self.setup.client.bound:
             return
@@ -153,4 +159,4 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestLedger.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
