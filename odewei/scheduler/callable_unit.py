@@ -20,6 +20,8 @@ from odewei.scheduler.slabs import ALIGNMENT, Bytes, SlabPool, round_up, slab_by
 
 __all__ = ["CallableUnit", "Expected"]
 
+_MOST_RESIZES = 3
+
 Load = Callable[[str, Sequence[str]], Mapping[str, torch.Tensor]]
 
 
@@ -51,6 +53,7 @@ class CallableUnit:
         self._pool = pool
         self._cast = cast
         self._wanted_elsewhere = wanted_elsewhere
+        self._resized = 0  # times in a row
         self._placements, self._nbytes = _layout(weights, {weight.name: cast(weight.dtype) for weight in weights})
 
     @property
@@ -72,9 +75,17 @@ class CallableUnit:
         dtypes = {weight.name: self._cast(found[weight.name].dtype) for weight in self._weights}
         self._placements, self._nbytes = _layout(self._weights, dtypes)
         if self._nbytes != len(slab):
+            self._resized += 1
+            if self._resized > _MOST_RESIZES:
+                raise WeightMismatchError(
+                    "weights_loader_fn returns the same weights in ever other dtypes",
+                    module=self._module,
+                    cure="Return each weight in one dtype",
+                )
             for name, tensor in found.items():
                 self._keep(name, tensor)
             raise Resized(self._nbytes)
+        self._resized = 0
         for name, target in tensors_over(slab, self._placements).items():
             with torch.inference_mode(False), torch.no_grad():
                 target.copy_(found[name])

@@ -28,6 +28,8 @@ _KEPT = 1 << 16
 class History:
     """The accesses of one thread, oldest first, with a prediction of the next ones.
 
+    A loop longer than some 57,000 accesses (or seven times the seed) is forgotten before it repeats, and not predicted.
+
     ``seed`` is a guess of one pass (definition order, a trace, another thread's last pass). It is treated as the past.
     """
 

@@ -343,6 +343,7 @@ class Ledger:
         for record in self._demanded.values():
             if record.state is State.FAILED:
                 self._move(record, State.ABSENT)
+                self.outlook.note_missing(record.id)
             if record.state is State.ABSENT:
                 return Wish(record.id, record.nbytes, 0, True)
         if self.window.depth == 0 or self._closed is not None:

@@ -89,6 +89,7 @@ class PrefetchingDriver(Driver):
     def _serve(self, waiter: Waiter) -> None:
         if self._is_own_thread():
             raise self._used_by_its_reader()
+        self._poked = False  # an interrupt may have hit the last wake-up half way
         self._wake()
         waiter.done.wait()
 

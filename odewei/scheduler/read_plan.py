@@ -52,6 +52,10 @@ class ReadSettings:
     chunk_bytes: int = 32 << 20
     scratch_bytes: int = 1 << 20
 
+    def __post_init__(self) -> None:
+        assert self.chunk_bytes % PAGE == 0
+        assert self.scratch_bytes >= 2 * PAGE, "an element that is cast may lie across the end of a page"
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:

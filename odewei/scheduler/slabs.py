@@ -222,10 +222,15 @@ class SlabPool:
             assert in_use + self._unneeded_bytes() == self.budget.used_bytes, "a reserved byte has no owner"
 
     def _give_back(self, slab: Slab) -> None:
-        """Finalizer of a lent view: any thread, any moment, no locks."""
+        """Finalizer of a lent view: any thread, any moment; it waits for no lock."""
         self._returned.append(slab)
         if self._closed:
             slab.unmap()
+            if not self.is_held_by_caller() and self._lock.acquire(blocking=False):
+                try:
+                    self._drain()  # nobody else may ever come by
+                finally:
+                    self._lock.release()
         elif self.on_return is not None:
             self.on_return()
 
@@ -234,7 +239,7 @@ class SlabPool:
             slab = self._returned.popleft()
             self._in_use.remove(slab)
             slab.leaving = False
-            if self.budget.free_bytes < 0:
+            if self._closed or self.budget.free_bytes < 0:
                 self._unmap(slab)
             else:
                 self._free.setdefault(slab.nbytes, []).append(slab)
@@ -251,7 +256,9 @@ class SlabPool:
         return slab
 
     def _resized(self, owner: str, nbytes: int) -> Slab | None:
-        """A large free slab of about the size, made to fit; None if there is none or the budget has no room for it."""
+        """A large free slab of about the size, made to fit; None if there is none, or room without touching any."""
+        if nbytes <= self.budget.free_bytes:
+            return None
         near = [size for size in self._free if nbytes // 2 < size < 2 * nbytes]
         slab = self._take_free(max(near)) if near and nbytes % HUGE_PAGE == 0 else None
         if slab is None:
