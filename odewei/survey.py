@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from odewei.errors import ModelError
+
 __all__ = ["Use", "Weight", "survey"]
 
 
@@ -50,14 +52,26 @@ class Weight:
 
 
 def survey(model: nn.Module) -> Sequence[Weight]:
-    """The distinct parameters of a model in definition order. A module that appears twice counts under its first
-    name.
+    """The distinct parameters of a model in definition order. A module that appears twice counts under its first name.
+
+    Raises ModelError for a parameter that is more than its bytes (a quantised wrapper) or has no shape yet (a lazy one).
     """
     uses: dict[int, list[Use]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for local_name, parameter in module._parameters.items():
             if parameter is not None:
+                _check_plain(parameter, prefix, local_name)
                 parameters[id(parameter)] = parameter
                 uses.setdefault(id(parameter), []).append(Use(prefix, local_name))
     return [Weight(found[0].name, parameters[key], tuple(found)) for key, found in uses.items()]
+
+
+def _check_plain(parameter: nn.Parameter, module: str, local_name: str) -> None:
+    if type(parameter) is not nn.Parameter or parameter.layout is not torch.strided:
+        raise ModelError(
+            f"a parameter of class {type(parameter).__name__} cannot be streamed: its bytes alone do not make it",
+            module=module or None,
+            weight=local_name,
+            cure="Have model_fn build the module with ordinary parameters (a lazy module: run it once before)",
+        )

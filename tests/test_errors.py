@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,8 +169,6 @@ def test_file_damaged_while_the_model_runs(depth: int | str, path: Path) -> None
         assert str(path) in str(caught.value)
         assert caught.value.module
         path.write_bytes(whole)
-        import os
-
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         for _ in range(2):
             assert models.same_bits(models.outputs(model, inputs), models.outputs(reference, inputs))
@@ -225,3 +226,52 @@ def test_errors_say_everything_and_travel() -> None:
     assert str(error) == "gone (module 'm', weight 'w', file 'f'). Look for it"
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.cure) == (type(error), str(error), error.cure)
+
+
+def test_a_lazy_module_is_refused() -> None:
+    """A parameter without a shape is named, with the cure."""
+    with pytest.raises(errors.ModelError, match="UninitializedParameter") as caught:
+        init_on_demand_weights_model(lambda: nn.Sequential(nn.LazyLinear(5)), {})
+    assert (caught.value.module, caught.value.weight) == ("0", "weight")
+
+
+def test_a_wrapper_subclass_is_refused(path: Path) -> None:
+    """A parameter that is more than its bytes (quantised tensors) is named, not silently unwrapped."""
+
+    class Quantised(nn.Parameter):
+        pass
+
+    def build() -> nn.Module:
+        model = nn.Linear(2, 2)
+        model.weight = Quantised(torch.ones(2, 2))
+        return model
+
+    with pytest.raises(errors.ModelError, match="Quantised"):
+        init_on_demand_weights_model(build, {"weight": torch.ones(2, 2), "bias": torch.ones(2)})
+
+
+_FORK = """
+import os, sys, torch
+from tests import models
+from odewei.errors import ClosedError
+inputs = models.CASES["llama"].inputs(1)
+with models.streamed(models.CASES["llama"].build, sys.argv[1], memory_budget="100kB") as model:
+    models.outputs(model, inputs)
+    child = os.fork()
+    if not child:
+        try:
+            models.passes(model, inputs)
+        except ClosedError as error:
+            os._exit(7 if "forked" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    models.passes(model, inputs)
+"""
+
+
+def test_a_forked_child_is_told(path: Path) -> None:
+    """The scheduler's thread does not survive a fork: the child gets an error instead of waiting, the parent goes on."""
+    command = [sys.executable, "-W", "ignore", "-c", _FORK, str(path)]
+    subprocess.run(
+        command, check=True, timeout=60, env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    )

@@ -90,6 +90,9 @@ class Driver(ABC):
         self.on_closed()
         self.ledger.pool.close()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.ledger!r}, {self.files!r}>"
+
     def _used_by_its_reader(self) -> ModelError:
         return ModelError(
             "a reader used a weight of the model that it reads for, and would wait for itself",

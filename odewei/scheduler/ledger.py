@@ -311,6 +311,9 @@ class Ledger:
                 assert unit.slab is None or unit.state not in (State.ABSENT, State.FAILED)
                 assert not unit.waiters or unit.state is not State.RESIDENT
 
+    def __repr__(self) -> str:
+        return f"<Ledger of {len(self.units)} units, {len(self._residents)} resident, {len(self._demanded)} demanded>"
+
     # -- under the lock ----------------------------------------------------------------------------------------------
 
     def _mine(self) -> ThreadLeases:

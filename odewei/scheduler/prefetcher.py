@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,7 @@ class PrefetchingDriver(Driver):
         self._queued = asyncio.Semaphore(0)
         self._opening: dict[CheckpointFile, asyncio.Lock] = {}
         self._reads: set[asyncio.Task[None]] = set()
+        self._process = os.getpid()
         self._closing = False
         self._poked = False
         self.ledger.pool.on_return = self._wake
@@ -89,6 +91,11 @@ class PrefetchingDriver(Driver):
     def _serve(self, waiter: Waiter) -> None:
         if self._is_own_thread():
             raise self._used_by_its_reader()
+        if os.getpid() != self._process:
+            raise ClosedError(
+                "the process was forked, and the thread that reads the weights stayed behind",
+                cure="Build the model in the child, or start processes with the method 'spawn'",
+            )
         self._poked = False  # an interrupt may have hit the last wake-up half way
         self._wake()
         waiter.done.wait()
