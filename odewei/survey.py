@@ -54,7 +54,7 @@ class Weight:
 def survey(model: nn.Module) -> Sequence[Weight]:
     """The distinct parameters of a model in definition order. A module that appears twice counts under its first name.
 
-    Raises ModelError for a parameter that is more than its bytes (a quantised wrapper) or has no shape yet (a lazy one).
+    Raises ModelError for a parameter that is more than its bytes (a quantised one) or has no shape yet (a lazy one).
     """
     uses: dict[int, list[Use]] = {}
     parameters: dict[int, nn.Parameter] = {}
