@@ -16,9 +16,10 @@ from typing import Protocol
 import torch
 
 from odewei.errors import ClosedError, ModelError, OdeweiError, WeightReadError
-from odewei.scheduler.ledger import Ledger, Waiter
+from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.plan import Decision
 from odewei.scheduler.reader import FileTable, Resized, UnitReader
+from odewei.scheduler.records import Waiter
 from odewei.scheduler.slabs import Slab
 
 __all__ = ["Driver", "SynchronousDriver", "UnitClient"]

@@ -2,99 +2,23 @@
 
 Knows unit ids, sizes, threads. Knows nothing of modules, files or asyncio. One lock guards everything here; nothing is
 read, copied, allocated or bound while it is held. Order of locks: ledger, then slab pool.
-
-A *lease* says that a forward pass is inside a unit, so that it cannot be evicted. Leases decide what stays, never
-whether numbers are right: memory is freed by reference. A lease belongs to a frame. torch runs exit hooks for
-``Exception`` only, so a ``KeyboardInterrupt`` leaves leases behind; one whose frame has ended is returned when its
-thread next enters a unit, or when the room is needed.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from types import FrameType
 
 from odewei.errors import ClosedError
+from odewei.scheduler.leases import LeaseBook, ThreadLeases
 from odewei.scheduler.outlook import Outlook
 from odewei.scheduler.plan import Candidate, Decision, Window, Wish, decide
+from odewei.scheduler.records import Counters, UnitRecord, Waiter
 from odewei.scheduler.slabs import Slab, SlabPool
 from odewei.scheduler.states import State, check_move
 
-__all__ = ["Counters", "Ledger", "UnitRecord", "Waiter"]
-
-
-class Waiter:
-    """One forward pass waiting for one unit. ``error`` is set before ``done`` when the read failed."""
-
-    __slots__ = ("done", "error", "since", "unit")
-
-    def __init__(self, unit: int) -> None:
-        self.unit = unit
-        self.done = threading.Event()
-        self.error: BaseException | None = None
-        self.since = time.perf_counter()
-
-
-@dataclass(eq=False, slots=True)
-class UnitRecord:
-    """What the scheduler knows of one unit. ``nbytes`` is the size of its slab."""
-
-    id: int
-    name: str
-    nbytes: int
-    state: State = State.ABSENT
-    leases: int = 0
-    ahead: bool = False  # fetched before its use, and not used since
-    stays: bool = False  # never evicted (written to in place, or for good)
-    slab: Slab | None = None
-    waiters: list[Waiter] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Lease:
-    """A thread is inside ``unit``; None: inside the model. It ends with ``frame`` at the latest."""
-
-    unit: UnitRecord | None
-    frame: FrameType
-    since: float = field(default_factory=time.perf_counter)
-
-    def is_stale(self) -> bool:
-        """Whether the frame has ended without returning the lease. Clears the locals of a frame that has."""
-        try:
-            self.frame.clear()
-        except RuntimeError:  # still executing
-            return False
-        return True
-
-
-class ThreadLeases:
-    """The leases of one thread, innermost last."""
-
-    def __init__(self) -> None:
-        self.thread = threading.current_thread()
-        self.leases: list[Lease] = []
-
-
-@dataclass
-class Counters:
-    """What happened so far. Times in seconds. ``stall``: a forward waited for the bytes of its unit.
-
-    ``inside_seconds``: from a thread's first lease to its last, stalls included, summed over threads.
-    """
-
-    passes: int = 0
-    inside_seconds: float = 0.0
-    accesses: int = 0
-    hits: int = 0
-    stalls: int = 0
-    stall_seconds: float = 0.0
-    bytes_read: int = 0
-    units_read: int = 0
-    evictions: int = 0
-    mispredictions: int = 0
+__all__ = ["Ledger"]
 
 
 class Ledger:
@@ -115,8 +39,7 @@ class Ledger:
         self._ahead_bytes = 0
         self._failed = 0
         self._closed: BaseException | None = None
-        self._threads: set[ThreadLeases] = set()
-        self._local = threading.local()
+        self._leases = LeaseBook(self._thread_is_outside, self.outlook.forget)
 
     # -- making ------------------------------------------------------------------------------------------------------
 
@@ -145,31 +68,27 @@ class Ledger:
 
     def enter_pass(self, frame: FrameType) -> None:
         """This thread enters the model, whose call runs in ``frame``."""
-        mine = self._mine()
         with self.lock:
-            self._return_stale(mine)
-            mine.leases.append(Lease(None, frame))
+            mine = self._leases.mine()
+            self._leases.take(mine, None, frame)
             self.outlook.enter(mine)
 
     def leave_pass(self) -> None:
         """This thread leaves the model, whether by return or by exception."""
-        mine = self._mine()
         with self.lock:
-            while mine.leases and self._return_last(mine).unit is not None:
-                pass
+            mine = self._leases.mine()
+            self._leases.give_back(mine, None)
             if not mine.leases:
                 self.counters.passes += 1
 
     def enter(self, unit: int, frame: FrameType) -> Waiter | None:
         """Take a lease. None: the unit is resident. Otherwise whoever drives the ledger sets ``done`` of the waiter."""
-        mine = self._mine()
         record = self.units[unit]
         with self.lock:
             if self._closed is not None:
                 raise ClosedError("the model was closed", cure="Build it again to use it again") from self._closed
-            self._return_stale(mine)
-            mine.leases.append(Lease(record, frame))
-            record.leases += 1
+            mine = self._leases.mine()
+            self._leases.take(mine, record, frame)
             self._note_access(mine, record)
             if record.state is State.RESIDENT:
                 self.counters.hits += 1
@@ -181,11 +100,8 @@ class Ledger:
 
     def leave(self, unit: int) -> None:
         """Return the innermost lease of ``unit`` of this thread. Leases above it were left behind and go too."""
-        mine = self._mine()
         with self.lock:
-            if any(lease.unit is self.units[unit] for lease in mine.leases):
-                while self._return_last(mine).unit is not self.units[unit]:
-                    pass
+            self._leases.give_back(self._leases.mine(), self.units[unit])
 
     def give_up(self, waiter: Waiter) -> None:
         """A forward stopped waiting (an interrupt): nobody needs to wake it any more."""
@@ -216,7 +132,7 @@ class Ledger:
                 self.pool.stop_expecting_leaving()  # what did not come back at once is held by somebody
             decision = self._decide(wish)
             stuck = wish is not None and wish.demanded and (decision is None or decision.beyond_limit)
-            if stuck and self._return_all_stale():
+            if stuck and self._leases.return_all_stale():
                 decision = self._decide(wish)
             for unit in decision.evict if decision else ():
                 self._evict(self.units[unit])
@@ -316,21 +232,9 @@ class Ledger:
 
     # -- under the lock ----------------------------------------------------------------------------------------------
 
-    def _mine(self) -> ThreadLeases:
-        mine: ThreadLeases | None = getattr(self._local, "leases", None)
-        if mine is None:
-            mine = self._local.leases = ThreadLeases()
-            with self.lock:
-                for ended in [other for other in self._threads if not other.thread.is_alive()]:
-                    self._forget_thread(ended)
-                self._threads.add(mine)
-        return mine
-
-    def _forget_thread(self, ended: ThreadLeases) -> None:
-        while ended.leases:
-            self._return_last(ended)
-        self._threads.discard(ended)
-        self.outlook.forget(ended)
+    def _thread_is_outside(self, thread: ThreadLeases, seconds: float) -> None:
+        self.counters.inside_seconds += seconds
+        self.outlook.leave(thread)
 
     def _note_access(self, mine: ThreadLeases, record: UnitRecord) -> None:
         self.counters.accesses += 1
@@ -408,25 +312,3 @@ class Ledger:
             waiter.done.set()
         record.waiters.clear()
         self._demanded.pop(record.id, None)
-
-    def _return_last(self, mine: ThreadLeases) -> Lease:
-        lease = mine.leases.pop()
-        if lease.unit is not None:
-            lease.unit.leases -= 1
-        if not mine.leases:
-            self.counters.inside_seconds += time.perf_counter() - lease.since
-            self.outlook.leave(mine)
-        return lease
-
-    def _return_stale(self, mine: ThreadLeases) -> bool:
-        found = False
-        while mine.leases and mine.leases[-1].is_stale():
-            self._return_last(mine)
-            found = True
-        return found
-
-    def _return_all_stale(self) -> bool:
-        found = False
-        for thread in list(self._threads):
-            found |= self._return_stale(thread)
-        return found

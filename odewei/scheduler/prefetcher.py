@@ -23,8 +23,9 @@ import aiofiles.os
 from odewei.errors import ClosedError
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.drivers import Driver, UnitClient
-from odewei.scheduler.ledger import Ledger, Waiter
+from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.reader import FileTable, Job, UnitReader, cannot_read
+from odewei.scheduler.records import Waiter
 from odewei.scheduler.slabs import Bytes, Slab
 
 __all__ = ["PrefetchingDriver"]

@@ -1,0 +1,113 @@
+"""Which forward passes are inside which units. Knows units, threads and frames.
+
+Not thread-safe by itself: the ledger calls it under its lock.
+
+A *lease* says that a forward pass is inside a unit, so that it cannot be evicted. Leases decide what stays, never
+whether numbers are right: memory is freed by reference. A lease belongs to a frame. torch runs exit hooks for
+``Exception`` only, so a ``KeyboardInterrupt`` leaves leases behind; one whose frame has ended is returned when its
+thread next enters a unit, or when the room is needed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+
+from odewei.scheduler.records import UnitRecord
+
+__all__ = ["Lease", "LeaseBook", "ThreadLeases"]
+
+
+@dataclass(slots=True)
+class Lease:
+    """A thread is inside ``unit``; None: inside the model. It ends with ``frame`` at the latest."""
+
+    unit: UnitRecord | None
+    frame: FrameType
+    since: float = field(default_factory=time.perf_counter)
+
+    def is_stale(self) -> bool:
+        """Whether the frame has ended without returning the lease. Clears the locals of a frame that has."""
+        try:
+            self.frame.clear()
+        except RuntimeError:  # still executing
+            return False
+        return True
+
+
+class ThreadLeases:
+    """The leases of one thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread()
+        self.leases: list[Lease] = []
+
+
+class LeaseBook:
+    """All leases, by thread.
+
+    ``on_outside`` is called with a thread that has returned its last lease and the seconds since its first;
+    ``on_ended`` with one that has ended, whose leases have been returned.
+    """
+
+    def __init__(
+        self, on_outside: Callable[[ThreadLeases, float], None], on_ended: Callable[[ThreadLeases], None]
+    ) -> None:
+        self._on_outside = on_outside
+        self._on_ended = on_ended
+        self._threads: set[ThreadLeases] = set()
+        self._local = threading.local()
+
+    def mine(self) -> ThreadLeases:
+        """The calling thread's leases. A new thread's call clears up after those that have ended."""
+        mine: ThreadLeases | None = getattr(self._local, "leases", None)
+        if mine is None:
+            for ended in [other for other in self._threads if not other.thread.is_alive()]:
+                self._forget(ended)
+            mine = self._local.leases = ThreadLeases()
+            self._threads.add(mine)
+        return mine
+
+    def take(self, mine: ThreadLeases, unit: UnitRecord | None, frame: FrameType) -> None:
+        """A lease of ``unit`` for the call that runs in ``frame``, after what earlier calls left behind is returned."""
+        self._return_stale(mine)
+        mine.leases.append(Lease(unit, frame))
+        if unit is not None:
+            unit.leases += 1
+
+    def give_back(self, mine: ThreadLeases, unit: UnitRecord | None) -> None:
+        """Return the innermost lease of ``unit``, if there is one. Leases above it were left behind and go too."""
+        if any(lease.unit is unit for lease in mine.leases):
+            while self._return_last(mine).unit is not unit:
+                pass
+
+    def return_all_stale(self) -> bool:
+        """Return what any thread has left behind. True if there was anything."""
+        found = False
+        for thread in self._threads:
+            found |= self._return_stale(thread)
+        return found
+
+    def _return_stale(self, mine: ThreadLeases) -> bool:
+        found = False
+        while mine.leases and mine.leases[-1].is_stale():
+            self._return_last(mine)
+            found = True
+        return found
+
+    def _return_last(self, mine: ThreadLeases) -> Lease:
+        lease = mine.leases.pop()
+        if lease.unit is not None:
+            lease.unit.leases -= 1
+        if not mine.leases:
+            self._on_outside(mine, time.perf_counter() - lease.since)
+        return lease
+
+    def _forget(self, ended: ThreadLeases) -> None:
+        while ended.leases:
+            self._return_last(ended)
+        self._threads.discard(ended)
+        self._on_ended(ended)
