@@ -137,7 +137,7 @@ def test_a_function_with_another_dtype(depth: int | str) -> None:
 
 
 def test_a_function_that_uses_the_model_is_told() -> None:
-    """A loading function that needs a weight of its own model would wait for itself: an error, not a hang."""
+    """A loading function that needs the weight that it is to load would wait for itself: an error, not a hang."""
     holder: list[nn.Module] = []
     state = models.resident(BUILD).state_dict()
 
