@@ -105,7 +105,7 @@ def test_a_function_that_returns_more_is_asked_less(depth: int | str) -> None:
         calls.append(module)
         return dict(state)
 
-    with models.streamed(BUILD, load, memory_budget="10MB", prefetch_depth=depth) as model:
+    with models.streamed(BUILD, load, memory_budget="10MB", prefetch_depth=depth, num_readers=1) as model:
         assert models.same_bits(models.outputs(model, INPUTS(1)), models.outputs(reference, INPUTS(1)))
         assert len(calls) < odewei.report(model).units / 2
     calls.clear()
