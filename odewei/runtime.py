@@ -186,7 +186,7 @@ class Runtime:
 
     def _reader(self, unit: Unit, infos: Mapping[str, WeightInfo], sizes: Mapping[str, int]) -> UnitReader:
         if isinstance(self._source, CallableLoader):
-            expected = [Expected(weight.name, weight.shape, weight.dtype, weight.aliases) for weight in unit.weights]
+            expected = [Expected(weight.name, weight.shape, weight.dtype) for weight in unit.weights]
             module = unit.hooked[0]
             return CallableUnit(module, expected, self._source.load, self._pool, self._cast, sizes.__contains__)
         wanted = [

@@ -126,7 +126,7 @@ class _Cutter:
         """Add the roots at and below a module that is not part of a larger unit."""
         found.add(name)
         module = self._modules[name]
-        if inside_block or self._is_plain(module, name):
+        if inside_block or self._is_plain(module):
             for expert in self._experts(name):
                 self._cut(expert, found, inside_block=True)
             rest = self._rest(name, found)
@@ -137,7 +137,7 @@ class _Cutter:
                 is_block = inside_block or isinstance(module, _CONTAINERS)
                 self._cut(child, found, inside_block=is_block)
 
-    def _is_plain(self, module: nn.Module, name: str) -> bool:
+    def _is_plain(self, module: nn.Module) -> bool:
         """Whether there are no blocks at or below the module."""
         return not any(isinstance(part, _CONTAINERS) and len(part) > 1 for part in module.modules())
 

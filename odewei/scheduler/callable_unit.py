@@ -27,12 +27,11 @@ Load = Callable[[str, Sequence[str]], Mapping[str, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A weight that the model has, before it was ever loaded. ``aliases`` are further names of a tied weight."""
+    """A weight that the model has, before it was ever loaded."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    aliases: tuple[str, ...] = ()
 
 
 class CallableUnit:
