@@ -2,8 +2,8 @@
 
 The loop's thread alone moves units. It decides as long as there is something to decide, starts reads, and sleeps
 until a forward thread, a finished read or a returned slab wakes it. Files are opened and read through aiofiles in the
-reader pool. Reads are cut into jobs that wait in one queue across units and passes, so that the disk is never idle
-between two layers; the jobs of a unit that a forward waits for go first.
+reader pool. Reads are cut into jobs that wait in one queue across units and passes, and a reader takes one after the
+other, so that the disk is never idle between two layers; the jobs of a unit that a forward waits for go first.
 
 Nothing here holds a model: when it dies, its finalizer has its account leave. Accounts are closed by the loop's thread,
 under no lock; the last one ends it.
@@ -26,25 +26,14 @@ from odewei.errors import ClosedError
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.drivers import Driver, was_closed
 from odewei.scheduler.ledger import Ledger
-from odewei.scheduler.reader import FileTable, Job, cannot_read
+from odewei.scheduler.read_queue import Batch, ReadQueue
+from odewei.scheduler.reader import FileTable, cannot_read
 from odewei.scheduler.records import Account, UnitRecord, Waiter
-from odewei.scheduler.slabs import Bytes, Slab
+from odewei.scheduler.slabs import Slab
 
 __all__ = ["PrefetchingDriver"]
 
 _SECONDS_BETWEEN_LOOKS = 1.0
-
-
-class _Queued:
-    """A job in the queue. ``result`` is its number of bytes read, or its error."""
-
-    __slots__ = ("job", "record", "result", "slab")
-
-    def __init__(self, record: UnitRecord, job: Job, slab: Bytes, result: asyncio.Future[int | BaseException]) -> None:
-        self.record = record
-        self.job = job
-        self.slab = slab
-        self.result = result
 
 
 class PrefetchingDriver(Driver):
@@ -58,7 +47,7 @@ class PrefetchingDriver(Driver):
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=f"odewei-scheduler-{name}", daemon=True)
         self._awake = asyncio.Event()
-        self._queue: list[_Queued] = []
+        self._queue = ReadQueue()
         self._queued = asyncio.Semaphore(0)
         self._opening: dict[tuple[FileTable, CheckpointFile], asyncio.Lock] = {}
         self._reads: set[asyncio.Task[None]] = set()
@@ -96,6 +85,7 @@ class PrefetchingDriver(Driver):
                 "the process was forked, and the thread that reads the weights stayed behind",
                 cure="Build the model in the child, or start processes with the method 'spawn'",
             )
+        self._queue.hurry(waiter.unit)
         self._poked = False  # an interrupt may have hit the last wake-up half way
         self._wake()
         waiter.done.wait()
@@ -145,6 +135,7 @@ class PrefetchingDriver(Driver):
             raise
         finally:
             self._closing = True
+            self._queue.close(was_closed())
             self._pool.shutdown()
             self._loop.close()
             super().close()
@@ -181,14 +172,11 @@ class PrefetchingDriver(Driver):
             self._loop.call_later(_SECONDS_BETWEEN_LOOKS, self._look_again)
 
     async def _end(self, workers: Sequence[asyncio.Task[None]]) -> None:
-        """Let the readers end what they are doing (a cancelled one would leave its file open), then drop the rest."""
-        self._queue.clear()
+        """Let the readers end what they are doing, and drop the rest. Nothing is cancelled half way."""
+        self._queue.close(was_closed())
         for _ in workers:
             self._queued.release()
-        await asyncio.gather(*workers, return_exceptions=True)
-        for task in self._reads:
-            task.cancel()
-        await asyncio.gather(*self._reads, return_exceptions=True)
+        await asyncio.gather(*workers, *self._reads, return_exceptions=True)
 
     def _let_leave(self) -> None:
         """Close the accounts that leave, each as soon as nothing of it is on its way. The last one ends the loop."""
@@ -223,46 +211,39 @@ class PrefetchingDriver(Driver):
 
     async def _read(self, record: UnitRecord, slab: Slab) -> None:
         """All jobs of a unit, then publish it or tell who waits that it failed."""
-        view = slab.view()
         with record.account.busy:
-            results = [self._enqueue(record, job, view) for job in record.reader.jobs()]
-            del view
-            try:
-                done = await asyncio.gather(*results)
-            except asyncio.CancelledError:  # closing: the readers have ended
-                self._give_up(record, slab, ClosedError("the model was closed while it was read"), 0)
-                raise
-        nbytes = sum(result for result in done if isinstance(result, int))
-        error = next((result for result in done if isinstance(result, BaseException)), None)
+            nbytes, error = await self._read_jobs(record, slab)
         if error is None:
             self._publish(record, slab, nbytes)
         else:
             self._give_up(record, slab, error, nbytes)
 
-    def _enqueue(self, record: UnitRecord, job: Job, view: Bytes) -> asyncio.Future[int | BaseException]:
-        result: asyncio.Future[int | BaseException] = self._loop.create_future()
-        self._queue.append(_Queued(record, job, view, result))
-        self._queued.release()
-        return result
+    async def _read_jobs(self, record: UnitRecord, slab: Slab) -> tuple[int, BaseException | None]:
+        """The bytes that were read, and the first error."""
+        files = record.account.files
+        try:
+            jobs = record.reader.jobs()
+            for file in {file: None for job in jobs for file in job.files()}:
+                await self._open(files, file)
+        except Exception as error:
+            return 0, error
+        if not jobs:
+            return 0, None
+        done = asyncio.Event()
+        batch = Batch(jobs, slab.view(), files, lambda: self._loop.call_soon_threadsafe(done.set))
+        self._queue.put(record.id, batch, urgent=bool(record.waiters))
+        for _ in range(min(len(jobs), self._num_readers)):
+            self._queued.release()
+        await done.wait()
+        return batch.nbytes, batch.error
 
     async def _work(self) -> None:
-        """One reader: the most urgent job, one after another."""
-        run = aiofiles.os.wrap(_run_job)
-        while True:
+        """One reader: have it work when there is something to read."""
+        drain = aiofiles.os.wrap(self._queue.drain)
+        while not self._closing:
             await self._queued.acquire()
-            if self._closing:
-                return
-            queued = min(self._queue, key=lambda queued: not queued.record.waiters)  # the first of the most urgent
-            self._queue.remove(queued)
-            files = queued.record.account.files
-            try:
-                for file in queued.job.files():
-                    await self._open(files, file)
-                result = await run(queued.job, queued.slab, files, executor=self._pool)
-            except Exception as error:
-                result = error
-            queued.result.set_result(result)
-            del queued, result
+            if self._queue:
+                await drain(executor=self._pool)
 
     async def _open(self, files: FileTable, file: CheckpointFile) -> None:
         if files.is_open(file):
@@ -285,11 +266,3 @@ def _death(error: BaseException) -> ClosedError:
     )
     reason.__cause__ = error
     return reason
-
-
-def _run_job(job: Job, slab: Bytes, files: FileTable) -> int | BaseException:
-    """In a reader thread. Errors are values here: some of them would mean something to coroutines."""
-    try:
-        return job.run(slab, files)
-    except BaseException as error:
-        return error

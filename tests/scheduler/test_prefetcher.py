@@ -101,7 +101,7 @@ def test_what_a_forward_waits_for_is_read_first() -> None:
     with started([PAGE] * 6, 6 * PAGE, gate(0), depth=3) as setup:
         wait_started(setup, 0)  # 1 and 2 are queued behind it
         forward = Forward(lambda: setup.visit(5))
-        while not any(queued.record.id == 5 for queued in list(setup.driver._queue)):
+        while 5 not in setup.driver._queue._batches:
             assert forward._thread.is_alive()
         let_go(setup, 0)
         assert forward.join() is None
