@@ -69,10 +69,16 @@ class BusyTime:
     """Seconds during which at least one read was running. Methods may be called from any thread."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self._ended = 0.0
         self._running = 0
         self._since = 0.0
         self._lock = threading.Lock()
+
+    @property
+    def seconds(self) -> float:
+        """Up to now: reads may follow each other without a gap for as long as a model runs."""
+        with self._lock:
+            return self._ended + (time.perf_counter() - self._since if self._running else 0.0)
 
     def __enter__(self) -> None:
         with self._lock:
@@ -84,7 +90,7 @@ class BusyTime:
         with self._lock:
             self._running -= 1
             if not self._running:
-                self.seconds += time.perf_counter() - self._since
+                self._ended += time.perf_counter() - self._since
 
 
 @dataclass(eq=False, slots=True)

@@ -212,16 +212,16 @@ def test_a_plain_read_that_uses_its_own_unit_says_so() -> None:
 
 
 def test_busy_time_counts_overlaps_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two reads that overlap are busy from the first's begin to the last's end."""
+    """Two reads that overlap are busy from the first's begin to the last's end, or until now."""
     clock = count()
     monkeypatch.setattr("odewei.scheduler.drivers.time.perf_counter", lambda: float(next(clock)))
     busy = BusyTime()
     with busy:
         with busy:
             pass
-        assert busy.seconds == 0
-    assert busy.seconds == 1
+        assert busy.seconds == 1  # the clock goes on by one each time somebody looks at it
+    assert busy.seconds == 2
     with busy:
         pass
-    assert busy.seconds == 2
+    assert busy.seconds == 3
     assert Resized(77).nbytes == 77
