@@ -348,7 +348,9 @@ class Ledger:
             return None
         record = self.units[found[0]]
         if not record.account.window.is_open(self._ahead_units, self._ahead_bytes, record.nbytes):
-            return None
+            # The window is there because what is fetched early drives something out early. Empty room has no such price.
+            if record.account.depth is not None or record.nbytes > self.pool.room_bytes():
+                return None
         return Wish(record.id, record.nbytes, found[1], False)
 
     def _is_missing(self, unit: int) -> bool:
