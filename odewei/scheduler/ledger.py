@@ -347,10 +347,11 @@ class Ledger:
         if found is None:
             return None
         record = self.units[found[0]]
-        if not record.account.window.is_open(self._ahead_units, self._ahead_bytes, record.nbytes):
-            # The window is there because what is fetched early drives something out early. Empty room has no such price.
-            if record.account.depth is not None or record.nbytes > self.pool.room_bytes():
-                return None
+        is_open = record.account.window.is_open(self._ahead_units, self._ahead_bytes, record.nbytes)
+        # What is fetched early drives something out early, hence the window. Empty room has no such price.
+        fills_room = record.account.depth is None and record.nbytes <= self.pool.room_bytes()
+        if not is_open and not fills_room:
+            return None
         return Wish(record.id, record.nbytes, found[1], False)
 
     def _is_missing(self, unit: int) -> bool:
