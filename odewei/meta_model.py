@@ -32,8 +32,24 @@ _FACTORIES = frozenset(
 )
 
 _FILLS = frozenset(
-    "bernoulli_ constant_ exponential_ fill_ kaiming_normal_ kaiming_uniform_ normal_ ones_ orthogonal_ random_ "
-    "trunc_normal_ uniform_ xavier_normal_ xavier_uniform_ zero_ zeros_".split()
+    [
+        "bernoulli_",
+        "constant_",
+        "exponential_",
+        "fill_",
+        "kaiming_normal_",
+        "kaiming_uniform_",
+        "normal_",
+        "ones_",
+        "orthogonal_",
+        "random_",
+        "trunc_normal_",
+        "uniform_",
+        "xavier_normal_",
+        "xavier_uniform_",
+        "zero_",
+        "zeros_",
+    ]
 )  # names, because libraries put functions of their own in the place of those in torch.nn.init
 
 
