@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -143,34 +144,41 @@ _KINDS = (Holder, Other, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ModuleL
 
 @st.composite
 def trees(draw: st.DrawFn) -> nn.Module:
-    """A tree of containers and other modules, some of them shared, with weights of few sizes, some of them tied."""
+    """A tree of containers and other modules, some of them shared, with weights of few sizes, some of them tied.
+
+    Mostly of equal children, as models are. All is drawn from one seed: hypothesis itself would draw mostly small ones.
+    """
+    chance = random.Random(draw(st.integers(0, 1 << 32)))
+    deepest = draw(st.integers(0, 5))
     made: list[nn.Module] = []
     tensors: list[nn.Parameter] = []
 
-    def module(depth: int) -> nn.Module:
-        if made and draw(st.integers(0, 11)) == 0:
-            return draw(st.sampled_from(made))
-        kind = draw(st.sampled_from(_KINDS))
+    def module(depth: int, kind: type[nn.Module]) -> nn.Module:
+        if made and chance.random() < 0.05:
+            return chance.choice(made)
         found: nn.Module = kind()
-        if kind in (Holder, Other) or draw(st.integers(0, 5)) == 0:
-            for index in range(draw(st.integers(0, 2))):
+        if kind in (Holder, Other) or chance.random() < 0.2:
+            for index in range(chance.randint(0, 2)):
                 found.register_parameter(f"weight{index}", parameter())
-        if depth < 4:
-            names = [f"m{index}" for index in range(draw(st.integers(0, 3)))]
+        if depth < deepest:
+            equal = chance.random() < 0.6
+            of_all = chance.choice(_KINDS)
+            names = [f"m{index}" for index in range(chance.choice((0, 1, 2, 2, 3, 4)))]
             for name in names:
-                found.add_module(name, None if draw(st.integers(0, 14)) == 0 else module(depth + 1))
-            if names and draw(st.integers(0, 9)) == 0:
+                of_one = of_all if equal else chance.choice(_KINDS)
+                found.add_module(name, None if chance.random() < 0.05 else module(depth + 1, of_one))
+            if names and chance.random() < 0.05:
                 found.add_module("again", found._modules[names[0]])
         made.append(found)
         return found
 
     def parameter() -> nn.Parameter:
-        if tensors and draw(st.integers(0, 7)) == 0:
-            return draw(st.sampled_from(tensors))
-        tensors.append(nn.Parameter(torch.empty(draw(st.sampled_from((0, 1, 4, 16))), device="meta")))
-        return tensors[-1]
+        if not tensors or chance.random() > 0.1:
+            tensors.append(nn.Parameter(torch.empty(chance.choice((0, 1, 4, 16)), device="meta")))
+            return tensors[-1]
+        return chance.choice(tensors)
 
-    return module(0)
+    return module(0, chance.choice(_KINDS))
 
 
 def _choose(name: str, module: nn.Module) -> bool:
@@ -178,7 +186,7 @@ def _choose(name: str, module: nn.Module) -> bool:
 
 
 @settings(max_examples=300, deadline=None)
-@given(trees(), st.integers(0, 120), st.sampled_from(("auto", "auto", "auto", "block", "leaf", _choose)))
+@given(trees(), st.integers(0, 400), st.sampled_from(("auto", "auto", "auto", "block", "leaf", _choose)))
 def test_the_units_are_those_of_the_plain_twin(model: nn.Module, most: int, granularity: Granularity) -> None:
     """Names, weights, hooked modules and order of all units are what the rules say word for word."""
     weights = survey(model)
