@@ -264,7 +264,10 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.allocations:
         snapshot = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(False, tracemalloc.__file__)])
         for line in snapshot.statistics("lineno")[: arguments.allocations]:
-            print(f"{line.size / arguments.count:9.1f} {line.count / arguments.count:6.2f} {line.traceback}", file=sys.stderr)
+            print(
+                f"{line.size / arguments.count:9.1f} {line.count / arguments.count:6.2f} {line.traceback}",
+                file=sys.stderr,
+            )
     passes(model, 2)
     ran = held() - before - odewei.report(model).resident_bytes
     odewei.close(model)
@@ -313,9 +316,8 @@ def show(found: dict) -> None:
         print(f"    {name:<26} {seconds:8.3f} s {seconds / count * 1e6:9.1f} µs a unit")
     print(f"  a pass, µs a unit      resident {resident['later'] / count * 1e6:.1f}")
     for name, times in found["passes"].items():
-        print(
-            f"    budget: {name:<10} first {times['first'] / count * 1e6:9.1f}   later {times['later'] / count * 1e6:9.1f}"
-        )
+        first, later = (times[which] / count * 1e6 for which in ("first", "later"))
+        print(f"    budget: {name:<10} first {first:9.1f}   later {later:9.1f}")
     for name in ("rss", "traced"):
         figures = ", ".join(f"{key} {value / count:.0f}" for key, value in found[name].items())
         print(f"  bytes a unit, {name:<8} {figures}")

@@ -60,7 +60,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     pending: list[tuple[str, nn.Module, int]] = [("", model, -1)]
     number = 0
     while pending:
-        name, module, parent = found = pending.pop()
+        name, module, _ = found = pending.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))

@@ -20,7 +20,7 @@ from torch import nn
 from odewei.options import Granularity
 from odewei.survey import Weight, walk
 
-__all__ = ["Unit", "partition", "smallest_budget"]
+__all__ = ["Unit", "ancestry", "hooked_modules", "partition", "smallest_budget"]
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -71,10 +71,19 @@ def smallest_budget(units: Sequence[Unit], nbytes: Sequence[int]) -> int:
     for unit, size in zip(units, nbytes, strict=True):
         for module in unit.hooked:
             hooked[module] = hooked.get(module, 0) + size
-    return max((sum(hooked.get(part, 0) for part in _ancestry(module)) for module in hooked), default=0)
+    return max((sum(hooked.get(part, 0) for part in ancestry(module)) for module in hooked), default=0)
 
 
-def _ancestry(module: str) -> Iterator[str]:
+def hooked_modules(units: Sequence[Unit]) -> dict[str, list[int]]:
+    """The units that each hooked module takes leases of when it is entered, by the module's name."""
+    found: dict[str, list[int]] = {}
+    for index, unit in enumerate(units):
+        for name in unit.hooked:
+            found.setdefault(name, []).append(index)
+    return found
+
+
+def ancestry(module: str) -> Iterator[str]:
     """The module and all that hold it: ``a.b.c``, ``a.b``, ``a``, and the model itself."""
     while module:
         yield module
@@ -144,7 +153,9 @@ class _Tree:
             for child in module._modules.values():
                 if child is not None:
                     holders.setdefault(id(child), []).append(module)
-        found = {id(module): module for module in self.modules if isinstance(module, _CONTAINERS) and len(module) > 1}
+        found: dict[int, nn.Module] = {
+            id(module): module for module in self.modules if isinstance(module, _CONTAINERS) and len(module) > 1
+        }
         pending = list(found.values())
         while pending:
             for holder in holders.get(id(pending.pop()), ()):

@@ -274,7 +274,8 @@ def test_the_cost_of_a_module_does_not_grow_with_their_number(shape: str, granul
 
 def test_the_smallest_budget_is_the_worst_chain() -> None:
     """What must be in memory at once is a unit and those of all modules around it, tied ones at each of their users."""
-    a, b, c, tied = (Unit(name, (), hooked) for name, hooked in zip("abct", (("",), ("x",), ("x.y.z",), ("x", "u"))))
+    hooks = (("",), ("x",), ("x.y.z",), ("x", "u"))
+    a, b, c, tied = (Unit(name, (), hooked) for name, hooked in zip("abct", hooks, strict=True))
     assert smallest_budget([a, b, c], [1, 10, 100]) == 111
     assert smallest_budget([a, b, tied], [1, 10, 100]) == 111
     assert smallest_budget([a, tied], [1, 100]) == 101
