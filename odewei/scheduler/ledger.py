@@ -35,7 +35,7 @@ class Ledger:
         self._residents: set[int] = set()
         self._demanded: dict[int, UnitRecord] = {}
         self._reading_bytes = 0
-        self._ahead_units = 0
+        self._ahead: set[int] = set()  # units fetched before their use, and not used since
         self._ahead_bytes = 0
         self._failed = 0
         self._closed: BaseException | None = None
@@ -147,7 +147,7 @@ class Ledger:
             self._reading_bytes += record.nbytes
             if not record.leases:
                 record.ahead = True
-                self._ahead_units += 1
+                self._ahead.add(unit)
                 self._ahead_bytes += record.nbytes
 
     def finish_read(self, unit: int, nbytes: int) -> None:
@@ -175,7 +175,7 @@ class Ledger:
             record = self.units[unit]
             self._move(record, State.RESIDENT)
             self._residents.add(unit)
-            self.outlook.note_evictable(unit)
+            self.outlook.note_present(unit)
             self._wake(record, None)
 
     def fail(self, unit: int, error: BaseException, nbytes: int = 0) -> None:
@@ -219,7 +219,8 @@ class Ledger:
             assert self._residents == {unit.id for unit in records if unit.state is State.RESIDENT}
             assert self._reading_bytes == sum(unit.nbytes for unit in records if unit.state is State.READING)
             ahead = [unit for unit in records if unit.ahead]
-            assert (self._ahead_units, self._ahead_bytes) == (len(ahead), sum(unit.nbytes for unit in ahead))
+            assert self._ahead == {unit.id for unit in ahead}
+            assert self._ahead_bytes == sum(unit.nbytes for unit in ahead)
             assert self._failed == sum(unit.state is State.FAILED for unit in records)
             assert set(self._demanded) == {unit.id for unit in records if unit.waiters}
             for unit in records:
@@ -238,13 +239,12 @@ class Ledger:
 
     def _note_access(self, mine: ThreadLeases, record: UnitRecord) -> None:
         self.counters.accesses += 1
-        if not self.outlook.record(mine, record.id):
+        surprise = self.outlook.record(mine, record.id, record.nbytes)
+        if surprise is not None:
             self.counters.mispredictions += 1
-            for unit in self.units if self._ahead_units else ():
-                self._clear_ahead(unit)
+            for unit in tuple(self._ahead) if surprise.jumped else surprise.skipped:
+                self._clear_ahead(self.units[unit])  # it may never be used
         self._clear_ahead(record)
-        if record.state is State.RESIDENT:
-            self.outlook.note_evictable(record.id)
 
     def _most_urgent(self) -> Wish | None:
         for record in self._demanded.values():
@@ -259,7 +259,7 @@ class Ledger:
         if found is None:
             return None
         record = self.units[found[0]]
-        if not self.window.is_open(self._ahead_units, self._ahead_bytes, record.nbytes):
+        if not self.window.is_open(len(self._ahead), self._ahead_bytes, record.nbytes):
             return None
         return Wish(record.id, record.nbytes, found[1], False)
 
@@ -269,10 +269,10 @@ class Ledger:
             room_bytes=self.pool.room_bytes(),
             reading_bytes=self._reading_bytes,
             leaving_bytes=self.pool.leaving_bytes(),
-            furthest_first=self._candidates,
+            best_to_leave=self._candidates,
         )
 
-    def _candidates(self) -> Iterator[Candidate]:
+    def _candidates(self, beyond: float) -> Iterator[Candidate]:
         def evictable(unit: int) -> bool:
             record = self.units[unit]
             if record.state is not State.RESIDENT or record.leases or record.stays:
@@ -280,7 +280,7 @@ class Ledger:
             record.stays = self.was_written is not None and self.was_written(unit)
             return not record.stays
 
-        for unit, distance in self.outlook.furthest_first(evictable, self._residents):
+        for unit, distance in self.outlook.best_to_leave(evictable, self._residents, beyond):
             yield Candidate(unit, self.units[unit].nbytes, distance)
 
     def _evict(self, record: UnitRecord) -> None:
@@ -291,7 +291,7 @@ class Ledger:
         if record.slab is not None:
             self.pool.mark_leaving(record.slab, record.name)
             record.slab = None
-        self.outlook.note_missing(record.id)
+        self.outlook.note_eviction(record.id, record.nbytes)
 
     def _move(self, record: UnitRecord, state: State) -> None:
         check_move(record.name, record.state, state)
@@ -303,7 +303,7 @@ class Ledger:
     def _clear_ahead(self, record: UnitRecord) -> None:
         if record.ahead:
             record.ahead = False
-            self._ahead_units -= 1
+            self._ahead.discard(record.id)
             self._ahead_bytes -= record.nbytes
 
     def _wake(self, record: UnitRecord, error: BaseException | None) -> None:
