@@ -16,8 +16,11 @@ from itertools import count
 from odewei.scheduler.budget import Budget
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.plan import Window
-from odewei.scheduler.records import Waiter
+from odewei.scheduler.reader import FileTable
+from odewei.scheduler.records import Account, Waiter
 from odewei.scheduler.slabs import Bytes, Slab, SlabPool
+
+from .fakes import FakeClient, FakeUnit
 
 __all__ = ["Access", "Disk", "Outcome", "Simulation"]
 
@@ -74,11 +77,13 @@ class Simulation:
         self, sizes: Sequence[int], limit: int, window: Window, disk: Disk, seed: Sequence[int] | None = None
     ) -> None:
         self.pool = SlabPool(Budget(limit))
-        self.ledger = Ledger(self.pool, window)
+        self.ledger = Ledger(self.pool)
         self.disk = disk
-        for unit, nbytes in enumerate(sizes):
-            self.ledger.add(f"unit{unit}", nbytes)
-        self.ledger.seed(range(len(sizes)) if seed is None else seed)
+        self.account = Account(FakeClient(), FileTable(direct=False, scratch_bytes=4096), window.depth)
+        assert self.ledger.join(self.account, [(f"unit{unit}", FakeUnit(unit, size, [])) for unit, size in enumerate(sizes)])
+        self.account.window = window
+        if seed is not None:
+            self.ledger.seed(self.account, seed)
         self.now = 0.0
         self.reads: list[int] = []
         self._bound: dict[int, Bytes] = {}
@@ -116,9 +121,9 @@ class Simulation:
         if accesses is None:
             return
         self._as(thread)
-        self.ledger.enter_pass(self._frame)
+        self.ledger.enter_pass(self.account, self._frame)
         thread.accesses = iter(accesses)
-        totals = Outcome(self.now, 0.0, self.ledger.counters.bytes_read, idle=self._idle_until_now())
+        totals = Outcome(self.now, 0.0, self.account.counters.bytes_read, idle=self._idle_until_now())
         thread.outcomes.append(totals)
         self._next_access(thread)
 
@@ -127,9 +132,9 @@ class Simulation:
         access = next(thread.accesses, None)
         outcome = thread.outcomes[-1]
         if access is None:
-            self.ledger.leave_pass()
+            self.ledger.leave_pass(self.account)
             outcome.seconds = self.now - outcome.seconds
-            outcome.bytes_read = self.ledger.counters.bytes_read - outcome.bytes_read
+            outcome.bytes_read = self.account.counters.bytes_read - outcome.bytes_read
             outcome.idle = self._idle_until_now() - outcome.idle
             self._begin_pass(thread)
             return
