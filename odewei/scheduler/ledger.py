@@ -312,6 +312,12 @@ class Ledger:
         largest = max((record.nbytes for record in self.units.values()), default=0)
         for account in self.accounts:
             account.window = window_for(account.depth, limit, largest)
+        self._space_out(largest)
+
+    def _space_out(self, largest: int) -> None:
+        """What is used now and what is ahead has to move; the rest may stay. Without a window only bytes count."""
+        moving = max((account.window.most_bytes(largest) for account in self.accounts), default=0)
+        self.outlook.keep(max(0, self.pool.budget.limit_bytes - moving - largest) if moving else 0)
 
     def _open_record(self, unit: int) -> UnitRecord:
         record = self.units.get(unit)
@@ -386,7 +392,7 @@ class Ledger:
         if record.slab is not None:
             self.pool.mark_leaving(record.slab, record.name)
             record.slab = None
-        self.outlook.note_eviction(record.id, record.nbytes)
+        self.outlook.note_eviction(record.id)
 
     def _move(self, record: UnitRecord, state: State) -> None:
         check_move(record.name, record.state, state)

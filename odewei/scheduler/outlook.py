@@ -109,9 +109,9 @@ class Outlook:
         for history in self._live.values():
             history.unmark(unit)
 
-    def note_eviction(self, unit: int, nbytes: int = 1) -> None:
+    def note_eviction(self, unit: int) -> None:
         """A unit leaves for another one."""
-        self._spacing.note_eviction(unit, nbytes)
+        self._spacing.note_eviction(unit)
         self.note_missing(unit)
 
     def next_use(self, unit: int) -> float:
@@ -136,32 +136,36 @@ class Outlook:
     ) -> Candidates:
         """Evictable units that are used after more than ``beyond`` accesses, with their distances.
 
-        In falling order of distance, except that what ``spacing`` names goes first if it is at least half as far as
-        the furthest.
+        In falling order of distance, except that spare units go before one that stays, if they are of the same loop.
         """
         self._mark_all(residents)
         allowed = ((unit, distance) for unit, distance in self._furthest_first() if evictable(unit))
         furthest = next(allowed, None)
         if furthest is None or furthest[1] <= beyond:
             return
-        instead = {}
-        if self._spacing.stays(furthest[0]) and furthest[1] < NEVER:
-            head = list(islice(allowed, 3))
-            allowed = chain(head, allowed)
-            round_ = self._round(*furthest)
-            for unit in chain((unit for unit, _ in head if not self._spacing.stays(unit)), self._spacing.spare()):
-                distance = self.next_use(unit)
-                if distance > max(beyond, furthest[1] / 8) and abs(self._round(unit, distance) - round_) < 1 and evictable(unit):
-                    instead[unit] = distance
-        yield from instead.items()
+        instead = set()
+        if furthest[1] < NEVER and self._spacing.stays(furthest[0]):
+            for unit, distance in self._spare_of_same_loop(*furthest):
+                if distance > beyond and evictable(unit):
+                    instead.add(unit)
+                    yield unit, distance
         for unit, distance in chain([furthest], allowed):
             if distance <= beyond:
                 return
             if unit not in instead:
                 yield unit, distance
 
-    def _round(self, unit, distance):
-        return distance + self._step - self._regularity.last_use(unit)
+    def keep(self, nbytes: int) -> None:
+        """Of loops that do not fit, so many bytes can stay."""
+        self._spacing.keep(nbytes)
+
+    def _spare_of_same_loop(self, staying: int, distance: float) -> Candidates:
+        """Units that may leave instead of one that stays, for the same number of reads: they are used as often."""
+        loop = distance + self._step - self._regularity.last_use(staying)
+        for unit in self._spacing.spare():
+            distance = self.next_use(unit)
+            if abs(distance + self._step - self._regularity.last_use(unit) - loop) <= loop / 8:
+                yield unit, distance
 
     # -- merging -----------------------------------------------------------------------------------------------------
 

@@ -62,6 +62,12 @@ class Window:
             return False
         return ahead_units == 0 or ahead_bytes + next_nbytes <= self.nbytes
 
+    def most_bytes(self, largest_bytes: int) -> int:
+        """What may be ahead at a time, in units of at most ``largest_bytes``."""
+        if self.depth is None:
+            return max(self.nbytes, largest_bytes)
+        return min(self.nbytes, self.depth * largest_bytes)
+
 
 def window_for(depth: int | None, limit_bytes: int, largest_bytes: int) -> Window:
     """The window of ``depth`` units; for "auto" (None) what keeps a disk busy, at most half of the budget."""

@@ -82,6 +82,7 @@ class Simulation:
         self.account = Account(FakeClient(), FileTable(direct=False, scratch_bytes=4096), window.depth)
         assert self.ledger.join(self.account, [(f"unit{unit}", FakeUnit(unit, size, [])) for unit, size in enumerate(sizes)])
         self.account.window = window
+        self.ledger._space_out(max(sizes))
         if seed is not None:
             self.ledger.seed(self.account, seed)
         self.now = 0.0
