@@ -221,7 +221,7 @@ class History:
         self._next[unit] = new
 
     def _is_marked(self, unit: int) -> bool:
-        return unit in self._unpredicted or unit < len(self._next) and self._next[unit] in self._marked
+        return unit in self._unpredicted or (unit < len(self._next) and self._next[unit] in self._marked)
 
     def _find(self, unit: int) -> int:
         """The position of the next use of a unit; -1 if there is none. A few steps from where it was last seen."""

@@ -211,7 +211,9 @@ class Outlook:
         return History(tuple(latest.upcoming()) if latest is not None and known else self._order, self._regularity)
 
     def _choose_live(self) -> None:
-        live = {thread: self._histories[thread] for thread in self._inside | {self._latest} if thread in self._histories}
+        live = {
+            thread: self._histories[thread] for thread in self._inside | {self._latest} if thread in self._histories
+        }
         live = live or {None: self._initial}
         if live == self._live:
             return

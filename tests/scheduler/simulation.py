@@ -80,7 +80,9 @@ class Simulation:
         self.ledger = Ledger(self.pool)
         self.disk = disk
         self.account = Account(FakeClient(), FileTable(direct=False, scratch_bytes=4096), window.depth)
-        assert self.ledger.join(self.account, [(f"unit{unit}", FakeUnit(unit, size, [])) for unit, size in enumerate(sizes)])
+        assert self.ledger.join(
+            self.account, [(f"unit{unit}", FakeUnit(unit, size, [])) for unit, size in enumerate(sizes)]
+        )
         self.account.window = window
         self.ledger._space_out(max(sizes))
         if seed is not None:
