@@ -170,10 +170,7 @@ class Outlook:
     # -- merging -----------------------------------------------------------------------------------------------------
 
     def _furthest_first(self) -> Candidates:
-        if len(self._live) == 1:
-            regular = next(iter(self._live.values())).furthest_first()
-        else:
-            regular = self._several_futures()
+        regular = next(iter(self._live.values())).furthest_first() if len(self._live) == 1 else self._several_futures()
         if not self._rare:
             return regular
         return heapq.merge(regular, self._rare.rarest_first(self._step), key=lambda item: -item[1])
@@ -197,7 +194,7 @@ class Outlook:
 
     def _take_out(self, unit: int) -> None:
         """A unit has become irregular: histories know nothing of it any more."""
-        if any([history.unmark(unit) for history in self._live.values()]):
+        if any(history.unmark(unit) for history in self._live.values()):
             self._rare.put(unit)
 
     def _pace(self, thread: Hashable) -> float:

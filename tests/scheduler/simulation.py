@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 
 from odewei.scheduler.budget import Budget
 from odewei.scheduler.ledger import Ledger
@@ -183,7 +183,7 @@ class Simulation:
         chunks = min(self.disk.chunks, max(1, slab.nbytes))
         self._missing_chunks[unit] = chunks
         ends = [slab.nbytes * number // chunks for number in range(chunks + 1)]
-        self._queue += [(unit, end - start) for start, end in zip(ends, ends[1:], strict=False)]
+        self._queue += [(unit, end - start) for start, end in pairwise(ends)]
 
     def _start_readers(self) -> None:
         while self._free_readers and self._queue:
