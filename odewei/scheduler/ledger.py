@@ -41,7 +41,7 @@ class Ledger:
         self._residents: set[int] = set()
         self._demanded: dict[int, UnitRecord] = {}
         self._reading_bytes = 0
-        self._ahead_units = 0
+        self._ahead: set[int] = set()  # units fetched before their use, and not used since
         self._ahead_bytes = 0
         self._failed = 0
         self._closed: BaseException | None = None
@@ -221,7 +221,7 @@ class Ledger:
             self._reading_bytes += record.nbytes
             if not record.leases:
                 record.ahead = True
-                self._ahead_units += 1
+                self._ahead.add(unit)
                 self._ahead_bytes += record.nbytes
 
     def finish_read(self, unit: int, nbytes: int) -> None:
@@ -249,7 +249,7 @@ class Ledger:
             record = self.units[unit]
             self._move(record, State.RESIDENT)
             self._residents.add(unit)
-            self.outlook.note_evictable(unit)
+            self.outlook.note_present(unit)
             self._wake(record, None)
 
     def fail(self, unit: int, error: BaseException, nbytes: int = 0) -> None:
@@ -293,7 +293,8 @@ class Ledger:
             assert self._residents == {unit.id for unit in records if unit.state is State.RESIDENT}
             assert self._reading_bytes == sum(unit.nbytes for unit in records if unit.state is State.READING)
             ahead = [unit for unit in records if unit.ahead]
-            assert (self._ahead_units, self._ahead_bytes) == (len(ahead), sum(unit.nbytes for unit in ahead))
+            assert self._ahead == {unit.id for unit in ahead}
+            assert self._ahead_bytes == sum(unit.nbytes for unit in ahead)
             assert self._failed == sum(unit.state is State.FAILED for unit in records)
             assert set(self._demanded) == {unit.id for unit in records if unit.waiters}
             for unit in records:
@@ -311,6 +312,12 @@ class Ledger:
         largest = max((record.nbytes for record in self.units.values()), default=0)
         for account in self.accounts:
             account.window = window_for(account.depth, limit, largest)
+        self._space_out(largest)
+
+    def _space_out(self, largest: int) -> None:
+        """What is used now and what is ahead has to move; the rest may stay. Without a window only bytes count."""
+        moving = max((account.window.most_bytes(largest) for account in self.accounts), default=0)
+        self.outlook.keep(max(0, self.pool.budget.limit_bytes - moving - largest) if moving else 0)
 
     def _open_record(self, unit: int) -> UnitRecord:
         record = self.units.get(unit)
@@ -324,15 +331,14 @@ class Ledger:
         self.outlook.leave(thread)
 
     def _note_access(self, mine: ThreadLeases, record: UnitRecord) -> None:
-        counters = record.account.counters
-        counters.accesses += 1
-        if not self.outlook.record(mine, record.id):
-            counters.mispredictions += 1
-            for unit in self.units.values() if self._ahead_units else ():
-                self._clear_ahead(unit)
+        record.account.counters.accesses += 1
+        surprise = self.outlook.record(mine, record.id, record.nbytes)
+        if surprise is not None:
+            record.account.counters.mispredictions += 1
+            for unit in tuple(self._ahead) if surprise.jumped else surprise.skipped:
+                if unit in self._ahead:
+                    self._clear_ahead(self.units[unit])  # it may never be used
         self._clear_ahead(record)
-        if record.state is State.RESIDENT:
-            self.outlook.note_evictable(record.id)
 
     def _most_urgent(self) -> Wish | None:
         for record in self._demanded.values():
@@ -347,7 +353,7 @@ class Ledger:
         if found is None:
             return None
         record = self.units[found[0]]
-        is_open = record.account.window.is_open(self._ahead_units, self._ahead_bytes, record.nbytes)
+        is_open = record.account.window.is_open(len(self._ahead), self._ahead_bytes, record.nbytes)
         # What is fetched early drives something out early, hence the window. Empty room has no such price.
         fills_room = record.account.depth is None and record.nbytes <= self.pool.room_bytes()
         if not is_open and not fills_room:
@@ -365,10 +371,10 @@ class Ledger:
             room_bytes=self.pool.room_bytes(),
             reading_bytes=self._reading_bytes,
             leaving_bytes=self.pool.leaving_bytes(),
-            furthest_first=self._candidates,
+            best_to_leave=self._candidates,
         )
 
-    def _candidates(self) -> Iterator[Candidate]:
+    def _candidates(self, beyond: float) -> Iterator[Candidate]:
         def evictable(unit: int) -> bool:
             record = self.units[unit]
             if record.state is not State.RESIDENT or record.leases or record.stays:
@@ -376,7 +382,7 @@ class Ledger:
             record.stays = record.account.was_written(record.place)
             return not record.stays
 
-        for unit, distance in self.outlook.furthest_first(evictable, self._residents):
+        for unit, distance in self.outlook.best_to_leave(evictable, self._residents, beyond):
             yield Candidate(unit, self.units[unit].nbytes, distance)
 
     def _evict(self, record: UnitRecord) -> None:
@@ -387,7 +393,7 @@ class Ledger:
         if record.slab is not None:
             self.pool.mark_leaving(record.slab, record.name)
             record.slab = None
-        self.outlook.note_missing(record.id)
+        self.outlook.note_eviction(record.id)
 
     def _move(self, record: UnitRecord, state: State) -> None:
         check_move(record.name, record.state, state)
@@ -399,7 +405,7 @@ class Ledger:
     def _clear_ahead(self, record: UnitRecord) -> None:
         if record.ahead:
             record.ahead = False
-            self._ahead_units -= 1
+            self._ahead.discard(record.id)
             self._ahead_bytes -= record.nbytes
 
     def _wake(self, record: UnitRecord, error: BaseException | None) -> None:
