@@ -14,7 +14,10 @@ _MASK = (1 << _SHIFT) - 1
 
 
 class PositionSet:
-    """Positions are integers of at least 0; asking for others is allowed. Memory grows with the number of words in use, not with the positions."""
+    """Positions are integers of at least 0; asking for others is allowed.
+
+    Memory grows with the number of words in use, not with the positions.
+    """
 
     __slots__ = ("_base", "_summary", "_words")
 

@@ -71,7 +71,7 @@ class _Thread:
 
 
 class Simulation:
-    """Units of ``sizes`` bytes under a budget of ``limit`` bytes. ``run`` may be called again and goes on from there."""
+    """Units of ``sizes`` bytes under a budget of ``limit`` bytes. ``run`` may be called again and goes on."""
 
     def __init__(
         self, sizes: Sequence[int], limit: int, window: Window, disk: Disk, seed: Sequence[int] | None = None
