@@ -212,6 +212,14 @@ class Ledger:
                 self._evict(self.units[unit])
             return decision
 
+    def next_shedding(self) -> Decision | None:
+        """What leaves because the budget has shrunk, moved to ABSENT. The caller unbinds it."""
+        with self.lock:
+            decision = self._decide(None)
+            for unit in decision.evict if decision else ():
+                self._evict(self.units[unit])
+            return decision
+
     def begin_read(self, unit: int, slab: Slab | None) -> None:
         """ABSENT to READING, into ``slab`` (None: the unit has no bytes)."""
         with self.lock:
@@ -376,8 +384,8 @@ class Ledger:
 
     def _candidates(self, beyond: float) -> Iterator[Candidate]:
         def evictable(unit: int) -> bool:
-            record = self.units[unit]
-            if record.state is not State.RESIDENT or record.leases or record.stays:
+            record = self.units.get(unit)
+            if record is None or record.state is not State.RESIDENT or record.leases or record.stays:
                 return False
             record.stays = record.account.was_written(record.place)
             return not record.stays
