@@ -11,7 +11,7 @@ import itertools
 import logging
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -34,8 +34,10 @@ from odewei.scheduler.plan import Window
 from odewei.scheduler.prefetcher import PrefetchingDriver
 from odewei.scheduler.read_plan import ReadSettings, UnitReadPlan, Wanted
 from odewei.scheduler.reader import FileTable, PlannedUnit, UnitReader
+from odewei.scheduler.rows import RowCounters, RowTable
 from odewei.scheduler.slabs import PAGE, SlabPool, round_up
 from odewei.survey import Weight, survey
+from odewei.tables import cache_shares, find_tables, table_place
 from odewei.units import Unit, partition, smallest_budget
 
 __all__ = ["Runtime", "find_runtime", "runtime_of"]
@@ -83,17 +85,23 @@ class Runtime:
         self.budget = Budget(max(1, options.resolve_budget(_with_slack(self._weight_bytes, len(weights)))))
         self._pool = SlabPool(self.budget)
         share = self.budget.limit_bytes // _FAIR_SHARE
-        self.units = partition(model, weights, sizes, share, options.granularity)
+        tables = find_tables(model, weights, infos)
+        self.units = partition(model, [one for one in weights if one not in tables], sizes, share, options.granularity)
+        self._ahead = len(self.units)  # those that are read ahead; the tables' follow, with no module hooked
+        self.units += [Unit(table.name, (table,), ()) for table in tables]
         self._direct = options.resolve_direct(self._weight_bytes, self.budget.limit_bytes)
         self._readers = [self._reader(unit, infos, sizes) for unit in self.units]
         self._check_budget()
+        self.tables = self._tables(infos)
         self.binder = self._bind(model, infos)
         self.driver = self._make_driver()
         self._ledger = self.driver.ledger
         self.binder.connect(self._access, self.driver.leave)
         self._hook(model, infos)
         _runtimes[model] = self
-        self.driver.on_closed = functools.partial(_let_go, self.binder, source)
+        for table in self.tables.values():
+            table.busy = self.driver.busy
+        self.driver.on_closed = functools.partial(_let_go, self.binder, self.tables.values(), source)
         self._finalizer = weakref.finalize(model, self.driver.close)
         self.driver.start()
         self.driver.poke()
@@ -102,7 +110,7 @@ class Runtime:
 
     def report(self) -> Report:
         """What happened so far."""
-        counters, budget = self._ledger.counters, self.budget
+        counters, budget, rows = self._ledger.counters, self.budget, RowCounters.total(self.tables.values())
         return Report(
             weight_bytes=self._weight_bytes,
             units=len(self.units),
@@ -115,16 +123,19 @@ class Runtime:
             hits=counters.hits,
             mispredictions=counters.mispredictions,
             evictions=counters.evictions,
-            bytes_read=counters.bytes_read,
+            bytes_read=counters.bytes_read + rows.bytes_read,
             read_seconds=self.driver.busy.seconds,
-            compute_seconds=max(0.0, counters.inside_seconds - counters.stall_seconds),
-            stalls=counters.stalls,
-            stall_seconds=counters.stall_seconds,
+            compute_seconds=max(0.0, counters.inside_seconds - counters.stall_seconds - rows.seconds),
+            stalls=counters.stalls + rows.stalls,
+            stall_seconds=counters.stall_seconds + rows.seconds,
             overdrafts=budget.overdrafts,
             worst_overdraft_bytes=budget.worst_overdraft_bytes,
             escapes=self._pool.escapes,
             prefetch_depth=self.options.depth,
             direct_io=self._direct,
+            rows_looked_up=rows.looked_up,
+            rows_read=rows.read,
+            row_cache_bytes=sum(table.cache_bytes for table in self.tables.values()),
         )
 
     def seed(self, units: Sequence[int]) -> None:
@@ -201,9 +212,9 @@ class Runtime:
         return bound_dtype(stored, self._dtype)
 
     def _check_budget(self) -> None:
-        needed = smallest_budget(self.units, [reader.nbytes for reader in self._readers])
+        needed = self._smallest_budget()
         if needed > self.budget.limit_bytes:
-            largest = max(range(len(self.units)), key=lambda index: self._readers[index].nbytes)
+            largest = max(range(self._ahead), key=lambda index: self._readers[index].nbytes)
             size = format_nbytes(self._readers[largest].nbytes)
             raise BudgetTooSmallError(
                 f"the budget of {self.budget.limit_bytes} bytes ({format_nbytes(self.budget.limit_bytes)}) cannot hold "
@@ -212,6 +223,24 @@ class Runtime:
                 weight=max(self.units[largest].weights, key=lambda weight: weight.parameter.numel()).name,
                 cure=f"The smallest memory_budget that works is {needed} bytes ({format_nbytes(needed)})",
             )
+
+    def _smallest_budget(self) -> int:
+        return smallest_budget(self.units, [reader.nbytes for reader in self._readers])
+
+    def _tables(self, infos: Mapping[str, WeightInfo]) -> dict[str, RowTable]:
+        """The tables that are only looked up, each with its part of the budget for hot rows."""
+        places = [
+            table_place(unit.weights[0], infos[unit.name], self._cast(infos[unit.name].dtype))
+            for unit in self.units[self._ahead :]
+        ]
+        everything = sum(reader.nbytes for reader in self._readers)
+        shares = cache_shares(
+            {place.weight: place.nbytes for place in places},
+            self.budget.limit_bytes,
+            self._smallest_budget(),
+            everything,
+        )
+        return {place.weight: RowTable(place, self._pool, shares[place.weight]) for place in places}
 
     def _bind(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> Binder:
         described = {
@@ -222,21 +251,21 @@ class Runtime:
             for unit in self.units
             for weight in unit.weights
         }
-        return Binder(model, [unit.weights for unit in self.units], described)
+        return Binder(model, [unit.weights for unit in self.units], described, self.tables)
 
     def _make_driver(self) -> Driver:
         options = self.options
         limit = self.budget.limit_bytes
         if options.depth is None:
-            largest = max((reader.nbytes for reader in self._readers), default=0)
+            largest = max((reader.nbytes for reader in self._readers[: self._ahead]), default=0)
             window = Window(None, min(limit // 2, max(_WINDOW_BYTES, 2 * largest)))
         else:
             window = Window(options.depth, limit)
         ledger = Ledger(self._pool, window)
         for unit, reader in zip(self.units, self._readers, strict=True):
-            ledger.add(unit.name, reader.nbytes)
+            ledger.add(unit.name, reader.nbytes, on_demand=not unit.hooked)
         ledger.was_written = _WarnOnce(self.binder, self.units)
-        ledger.seed(range(len(self.units)))
+        ledger.seed(range(self._ahead))
         files = FileTable(direct=self._direct, scratch_bytes=_SCRATCH_BYTES)
         if options.depth == 0:
             return SynchronousDriver(ledger, self._readers, files, self.binder)
@@ -279,8 +308,10 @@ class _WarnOnce:
         return written
 
 
-def _let_go(binder: Binder, source: WeightsLoader | CallableLoader) -> None:
+def _let_go(binder: Binder, tables: Collection[RowTable], source: WeightsLoader | CallableLoader) -> None:
     binder.clear()
+    for table in tables:
+        table.close()
     source.close()
 
 

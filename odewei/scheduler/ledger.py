@@ -38,14 +38,19 @@ class Ledger:
         self._ahead_units = 0
         self._ahead_bytes = 0
         self._failed = 0
+        self._idle = 0  # units that are absent and only there on demand
         self._closed: BaseException | None = None
         self._leases = LeaseBook(self._thread_is_outside, self.outlook.forget)
 
     # -- making ------------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, nbytes: int) -> int:
-        """A new unit, absent. Returns its id. Only before the first access."""
-        self.units.append(UnitRecord(len(self.units), name, nbytes))
+    def add(self, name: str, nbytes: int, *, on_demand: bool = False) -> int:
+        """A new unit, absent. Returns its id. Only before the first access.
+
+        One that is only there ``on_demand`` gives the driver nothing to do while it is absent.
+        """
+        self.units.append(UnitRecord(len(self.units), name, nbytes, on_demand))
+        self._idle += on_demand
         return len(self.units) - 1
 
     def seed(self, order: Sequence[int]) -> None:
@@ -120,7 +125,7 @@ class Ledger:
 
     def needs_driver(self) -> bool:
         """Whether there is anything to decide: some unit is neither resident nor failed. Without the lock, a hint."""
-        return len(self._residents) + self._failed < len(self.units) or bool(self._demanded)
+        return len(self._residents) + self._failed + self._idle < len(self.units) or bool(self._demanded)
 
     # -- whoever drives: one thread at a time ------------------------------------------------------------------------
 
@@ -221,6 +226,7 @@ class Ledger:
             ahead = [unit for unit in records if unit.ahead]
             assert (self._ahead_units, self._ahead_bytes) == (len(ahead), sum(unit.nbytes for unit in ahead))
             assert self._failed == sum(unit.state is State.FAILED for unit in records)
+            assert self._idle == sum(unit.state is State.ABSENT for unit in records if unit.on_demand)
             assert set(self._demanded) == {unit.id for unit in records if unit.waiters}
             for unit in records:
                 assert unit.leases >= 0
@@ -296,6 +302,7 @@ class Ledger:
     def _move(self, record: UnitRecord, state: State) -> None:
         check_move(record.name, record.state, state)
         self._failed += (state is State.FAILED) - (record.state is State.FAILED)
+        self._idle += record.on_demand * ((state is State.ABSENT) - (record.state is State.ABSENT))
         record.state = state
         if state in (State.ABSENT, State.FAILED):
             self._clear_ahead(record)

@@ -31,6 +31,7 @@ class UnitRecord:
     id: int
     name: str
     nbytes: int
+    on_demand: bool = False  # not expected to be used; read only when a forward asks for it
     state: State = State.ABSENT
     leases: int = 0
     ahead: bool = False  # fetched before its use, and not used since
