@@ -199,6 +199,7 @@ class Binder:
         self._lock = threading.Lock()  # one at a time binds
         self._access: Callable[[int], None] | None = None
         self._release: Callable[[int], None] | None = None
+        self._tables = tables
         self._units = [{weight.name: weight.uses for weight in unit} for unit in units]
         self._tensors: list[dict[str, nn.Parameter] | None] = [None] * len(units)
         self._requires_grad = {weight.name: weight.parameter.requires_grad for unit in units for weight in unit}
@@ -322,6 +323,8 @@ class Binder:
         """An access outside of the hooks: wait for the unit, hand out the real parameter; the reference keeps it."""
         assert self._access is not None, "an access before the model was ready"
         assert self._release is not None
+        if name in self._tables:
+            self._tables[name].keep_none()
         self._access(unit)
         try:
             tensors = self._tensors[unit]

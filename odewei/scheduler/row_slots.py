@@ -17,7 +17,7 @@ __all__ = ["Ids", "RowSlots"]
 
 Ids = npt.NDArray[np.int64]
 
-_WAYS = 8
+_WAYS = 16
 
 
 class RowSlots:

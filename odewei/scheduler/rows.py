@@ -140,16 +140,19 @@ class RowTable:
         ``rows`` has one dimension and lies within the table. Raises WeightReadError; ClosedError after ``close``.
         """
         here = self._mine()
-        here.enter()
         try:
-            found, slots = self._gather(here, rows)
-            if slots is not None:
-                self._fill_in(here, found, rows, slots < 0)
-            return found
+            with here:
+                found, slots = self._gather(here, rows)
+                if slots is not None:
+                    self._fill_in(here, found, rows, slots < 0)
+                return found
         except OdeweiError as error:
             raise self._named(error) from error
-        finally:
-            here.leave()
+
+    def keep_none(self) -> None:
+        """The whole table is wanted: what hot rows took of the budget makes room for it, for good."""
+        self._slots, self._slab = 0, None
+        self._mine().keep_none()
 
     def close(self) -> None:
         """No more look-ups: they raise ClosedError. Files close and memory goes back when the last one under way ends.
@@ -237,7 +240,9 @@ class RowTable:
 
 
 class _Here:
-    """What one process knows of a table's rows: which are cached (under ``lock``), the open file, who is at work."""
+    """What one process knows of a table's rows: which are cached (under ``lock``), the open file. Entered by whoever is
+    at work: after ``close`` the file stays open until nobody is.
+    """
 
     def __init__(self, place: TablePlace, slots: int, slab: Slab | None, pool: SlabPool) -> None:
         self.lock = threading.RLock()  # a finalizer may close the table in a thread that holds it
@@ -249,31 +254,33 @@ class _Here:
         self._at_work = 0
         self._closed = False
 
-    def enter(self) -> None:
+    def __enter__(self) -> None:
         with self.lock:
             if self._closed:
                 raise ClosedError("the model was closed", cure="Build it again to use it again")
             self._at_work += 1
 
-    def leave(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self.lock:
             self._at_work -= 1
-        self._let_go_if_over()
+            over = self._closed and not self._at_work
+        if over:
+            self.files.close()
 
-    def close(self) -> None:
-        with self.lock:
-            self._closed = True
-        self._let_go_if_over()
-
-    def _let_go_if_over(self) -> None:
-        with self.lock:
-            if not self._closed or self._at_work:
-                return
+    def keep_none(self) -> None:
+        with self.lock:  # whoever copies rows holds it
             slab, self._slab = self._slab, None
-            self.memory = _matrix(None, 0, 1)
-        self.files.close()
+            self.slots, self.memory = RowSlots(0, 1), self.memory[:0].clone()
         if slab is not None:
             self._pool.release(slab)  # not under the lock: the pool has one, and finalizers may hold it
+
+    def close(self) -> None:
+        self.keep_none()
+        with self.lock:
+            self._closed = True
+            over = not self._at_work
+        if over:
+            self.files.close()
 
 
 def _matrix(slab: Slab | None, rows: int, row_bytes: int) -> torch.Tensor:
