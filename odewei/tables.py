@@ -66,13 +66,16 @@ def _writes(module: nn.Module) -> bool:
     return getattr(module, "max_norm", None) is not None
 
 
-def cache_shares(tables: Mapping[str, int], budget_bytes: int, smallest_bytes: int, all_bytes: int) -> dict[str, int]:
+def cache_shares(
+    tables: Mapping[str, int], budget_bytes: int, smallest_bytes: int, all_bytes: int | None
+) -> dict[str, int]:
     """Bytes of the budget for the hot rows of each table, given the tables' sizes.
 
-    A budget for everything keeps every row that was ever read. Otherwise each gets a small part of the budget, and
-    all together at most half of what ``smallest_bytes``, the least that the units need, leaves.
+    A budget for ``all_bytes`` keeps every row that was ever read (None: other models may need it). Otherwise each gets
+    a small part of the budget, and all together at most half of what ``smallest_bytes``, the least that the units
+    need, leaves.
     """
-    if not tables or budget_bytes >= all_bytes:
+    if not tables or (all_bytes is not None and budget_bytes >= all_bytes):
         return dict(tables)
     wish = max(_SMALLEST_CACHE, budget_bytes // _PART_OF_BUDGET)
     room = max(0, budget_bytes - smallest_bytes) // 2 // len(tables)

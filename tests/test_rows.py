@@ -180,8 +180,8 @@ def whole_loads(streamed: nn.Module) -> int:
     """How often the table's unit was entered."""
     runtime = runtime_of(streamed)
     table = [unit.name for unit in runtime.units].index("embed.weight")
-    log = runtime.driver.ledger.counters.accesses
-    return log if table is None else sum(unit.state.name == "RESIDENT" for unit in [runtime.driver.ledger.units[table]])
+    log = runtime.account.counters.accesses
+    return log if table is None else sum(unit.state.name == "RESIDENT" for unit in [runtime.account.units[table]])
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_same_bits_by_rows(name: str, depth: int | str, tmp_path: Path) -> None:
             inputs = {"ids": ids_of(seed, 3, 7, rows=ROWS)}
             assert models.same_bits(models.outputs(streamed, inputs), models.outputs(model, inputs))
         report = odewei.report(streamed)
-        table = runtime_of(streamed).driver.ledger.units[-1]
+        table = runtime_of(streamed).account.units[-1]
         assert (table.name in runtime_of(streamed).tables, table.state.name) == (True, "ABSENT")
         assert report.peak_bytes <= report.budget_bytes < TABLE_BYTES
         assert report.overdrafts == 0
