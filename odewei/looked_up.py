@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from odewei.placeholder import Fetch, Placeholder, with_real
 from odewei.scheduler.row_slots import Ids
@@ -105,6 +106,7 @@ _LOOK_UPS: dict[Callable[..., Any], Callable[..., tuple[Any, Any, int | None, bo
 }
 
 
+@_disable_dynamo  # a compiler that looks inside would trace the reading
 def _look_up(func: Callable[..., Any], ids: Any, weight: Any, padding_idx: int | None, writes: bool) -> Any:
     """The rows, or None: this call needs the whole table. Weights are frozen, so what only backward uses is not."""
     if not isinstance(weight, LookedUp) or type(ids) is not torch.Tensor or writes or _is_watched():
