@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from odewei.binding import Binder
-from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError
+from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError, TraceError
 from odewei.guards import guard, unguard
 from odewei.hooks import hook_pass, hook_unit
 from odewei.loaders.base import WeightInfo, WeightsLoader
@@ -33,9 +35,11 @@ from odewei.scheduler.reader import FileTable, PlannedUnit, UnitReader
 from odewei.scheduler.records import Account
 from odewei.scheduler.rows import RowCounters, RowTable
 from odewei.scheduler.slabs import PAGE, round_up
-from odewei.survey import Weight, survey
+from odewei.survey import Weight, survey, walk
 from odewei.tables import cache_shares, find_tables, table_place
-from odewei.units import Unit, partition, smallest_budget
+from odewei.trace_file import read_trace, trace_path
+from odewei.trace_map import units_entered
+from odewei.units import Unit, hooked_modules, partition, smallest_budget
 
 __all__ = ["Runtime", "find_runtime", "runtime_of"]
 
@@ -108,6 +112,8 @@ class Runtime:
         self.driver = self.budget.join(self.account, named, synchronous=options.depth == 0 and not options.shares)
         self.binder.connect(self._access, self._leave)
         self._hook(model, infos)
+        self.order: tuple[str, ...] | None = None  # the modules that a pass enters, where that was found out before it
+        self._expect_saved_order(model)
         _runtimes[model] = self
         self._finalizer = weakref.finalize(model, self.driver.leave_for_good, self.account)
         self.driver.start()
@@ -146,10 +152,34 @@ class Runtime:
             row_cache_bytes=sum(table.cache_bytes for table in self.tables.values()),
         )
 
-    def seed(self, units: Sequence[int]) -> None:
-        """Expect the units to be entered in this order."""
+    def expect(self, model: nn.Module, order: Sequence[str]) -> tuple[int, ...]:
+        """Expect passes to enter these modules in this order. Returns the units that this uses.
+
+        Raises TraceError if they are not modules of the model, or no unit hangs on them.
+        """
+        known = {name for name, _, _ in walk(model)}
+        try:
+            strange = next((name for name in order if name not in known), None)
+            if strange is not None:
+                raise ValueError(f"the model has no module {strange[:200]!r}")
+            units = units_entered(order, self.units)
+            if not units:
+                raise ValueError("no weights hang on its modules")
+        except ValueError as error:
+            raise TraceError(
+                f"the order of layers does not fit the model: {error}",
+                module=type(model).__name__,
+                cure="Save it with odewei.save_trace from a model of the same class and configuration",
+            ) from error
         self.driver.ledger.seed(self.account, units)
         self.driver.poke()
+        self.order = tuple(order)
+        return tuple(units)
+
+    @property
+    def trace_path(self) -> Path | None:
+        """Where the order of the layers is kept, beside the checkpoint; None if that is in no file."""
+        return None if self._source.place is None else trace_path(self._source.place)
 
     def close(self) -> None:
         """Stop threads and close files, now. The model's weights can no longer be used. May be called twice."""
@@ -175,11 +205,7 @@ class Runtime:
 
     def hooked_modules(self) -> Mapping[str, list[int]]:
         """The units that each hooked module takes leases of, by the module's name."""
-        found: dict[str, list[int]] = {}
-        for index, unit in enumerate(self.units):
-            for name in unit.hooked:
-                found.setdefault(name, []).append(index)
-        return found
+        return hooked_modules(self.units)
 
     # -- making ------------------------------------------------------------------------------------------------------
 
@@ -267,6 +293,16 @@ class Runtime:
         dtypes = {self._cast(self._stored_dtype(weight, infos)) for unit in self.units for weight in unit.weights}
         for name in {"", *(use.module for unit in self.units for weight in unit.weights for use in weight.uses)}:
             guard(modules[name], dtypes)
+
+    def _expect_saved_order(self, model: nn.Module) -> None:
+        """Use the order that was saved beside the checkpoint, if there is one and it fits."""
+        path = self.trace_path
+        if path is None or not os.path.exists(path):
+            return
+        try:
+            self.expect(model, read_trace(path))
+        except TraceError as error:
+            _log.warning("the order of layers saved in %s is not used: %s", path, error)
 
     def _access(self, place: int) -> None:
         self.driver.enter(self._id(place), sys._getframe(1))

@@ -417,3 +417,11 @@ class Ledger:
             waiter.done.set()
         record.waiters.clear()
         self._demanded.pop(record.id, None)
+
+    # -- what passes have shown --------------------------------------------------------------------------------------
+
+    def recent_pass(self, account: Account) -> tuple[int, ...]:
+        """The places of a model's units in the order in which they are expected from now on, once around."""
+        with self.lock:
+            records = (self.units.get(unit) for unit in self.outlook.recent_pass())
+            return tuple(record.place for record in records if record is not None and record.account is account)

@@ -47,7 +47,7 @@ class Outlook:
     def record(self, thread: Hashable, unit: int) -> bool:
         """A thread enters a unit. True if it was predicted, and all other predictions stand."""
         if thread not in self._histories:
-            self._histories[thread] = History(self._seed_for_new_thread())
+            self._histories[thread] = History(self.recent_pass())
         if thread is not self._latest:
             self._latest = thread
             self._choose_live()
@@ -123,6 +123,11 @@ class Outlook:
             for entry in seen:
                 heapq.heappush(self._heap, entry)
 
+    def recent_pass(self) -> Sequence[int]:
+        """What the latest thread is expected to enter from now on, once around; the guess if nothing is predicted."""
+        latest = self._histories.get(self._latest)
+        return latest.recent_pass() if latest is not None and latest.period else self._order
+
     def _futures(self) -> Collection[History]:
         return self._live.values() if self._live else (self._initial,)
 
@@ -137,10 +142,6 @@ class Outlook:
         if alone:
             self._scanned = self._step + history.period
         return None
-
-    def _seed_for_new_thread(self) -> Sequence[int]:
-        latest = self._histories.get(self._latest)
-        return latest.recent_pass() if latest is not None and latest.period else self._order
 
     def _choose_live(self) -> None:
         live = self._inside | {self._latest}
