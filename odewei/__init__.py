@@ -17,12 +17,14 @@ from torch import nn
 
 from odewei.errors import OdeweiError
 from odewei.loaders import open_checkpoint
+from odewei.memory_budget import MemoryBudget
 from odewei.report import Report
 from odewei.runtime import find_runtime, runtime_of
 from odewei.torch import init_on_demand_weights_model
 from odewei.trace import Trace, trace
 
 __all__ = [
+    "MemoryBudget",
     "OdeweiError",
     "Report",
     "Trace",

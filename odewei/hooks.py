@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from odewei.guards import refuse_copy
 from odewei.scheduler.drivers import Driver
+from odewei.scheduler.records import Account
 
 __all__ = ["hook_pass", "hook_unit"]
 
@@ -56,14 +57,15 @@ class _PassHooks:
 
     __deepcopy__ = __reduce_ex__ = refuse_copy
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, account: Account) -> None:
         self._driver = driver
+        self._account = account
 
     def before(self, module: nn.Module, args: Any) -> None:
-        self._driver.ledger.enter_pass(sys._getframe(1))
+        self._driver.ledger.enter_pass(self._account, sys._getframe(1))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._driver.ledger.leave_pass()
+        self._driver.ledger.leave_pass(self._account)
 
 
 def hook_unit(module: nn.Module, units: Sequence[int], driver: Driver) -> list[RemovableHandle]:
@@ -71,9 +73,9 @@ def hook_unit(module: nn.Module, units: Sequence[int], driver: Driver) -> list[R
     return _register(module, _UnitHooks(units, driver))
 
 
-def hook_pass(model: nn.Module, driver: Driver) -> list[RemovableHandle]:
+def hook_pass(model: nn.Module, driver: Driver, account: Account) -> list[RemovableHandle]:
     """Have the scheduler know when a thread is inside the model. To be called after all ``hook_unit``."""
-    return _register(model, _PassHooks(driver))
+    return _register(model, _PassHooks(driver, account))
 
 
 def _register(module: nn.Module, pair: _Pair) -> list[RemovableHandle]:

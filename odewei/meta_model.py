@@ -31,6 +31,11 @@ _FACTORIES = frozenset(
     {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.empty_strided, torch.normal}
 )
 
+_FILLS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("normal_", "uniform_", "zero_", "fill_", "exponential_", "log_normal_", "bernoulli_", "random_")
+)
+
 
 def build_without_weights(model_fn: Callable[[], nn.Module]) -> nn.Module:
     """Call ``model_fn`` so that parameters take no memory. Raises ModelError if it does not return a module.
@@ -92,6 +97,10 @@ class _LargeFactoriesToMeta(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _FILLS or getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor  # there is nothing to fill, and torch would take its time to do so
         if (
             func in _FACTORIES
             and "out" not in kwargs

@@ -7,7 +7,6 @@ closes.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import sys
 import weakref
@@ -26,26 +25,22 @@ from odewei.loaders.plain_callable import CallableLoader
 from odewei.matching import bound_dtype, init_missing, load_buffers, match_weights
 from odewei.options import Options
 from odewei.report import Report
-from odewei.scheduler.budget import Budget, format_nbytes
+from odewei.scheduler.budget import format_nbytes
 from odewei.scheduler.callable_unit import CallableUnit, Expected
-from odewei.scheduler.drivers import Driver, SynchronousDriver
-from odewei.scheduler.ledger import Ledger
-from odewei.scheduler.plan import Window
-from odewei.scheduler.prefetcher import PrefetchingDriver
+from odewei.scheduler.drivers import was_closed
 from odewei.scheduler.read_plan import ReadSettings, UnitReadPlan, Wanted
 from odewei.scheduler.reader import FileTable, PlannedUnit, UnitReader
-from odewei.scheduler.slabs import PAGE, SlabPool, round_up
+from odewei.scheduler.records import Account
+from odewei.scheduler.slabs import PAGE, round_up
 from odewei.survey import Weight, survey
 from odewei.units import Unit, partition, smallest_budget
 
 __all__ = ["Runtime", "find_runtime", "runtime_of"]
 
 _log = logging.getLogger("odewei")
-_numbers = itertools.count(1)
 _runtimes: weakref.WeakKeyDictionary[nn.Module, Runtime] = weakref.WeakKeyDictionary()
 
 _FAIR_SHARE = 4  # a unit may take this part of the budget: one in use, others on their way
-_WINDOW_BYTES = 256 << 20  # enough in flight to keep a fast disk busy
 _CHUNK_BYTES = 32 << 20
 _SMALLEST_CHUNK = 4 << 20
 _SCRATCH_BYTES = 1 << 20
@@ -80,21 +75,30 @@ class Runtime:
         self._buffer_bytes = load_buffers(model, source, self._dtype, options.on_missing)
         sizes = {weight.name: self._bound_bytes(weight, infos) for weight in weights}
         self._weight_bytes = sum(sizes.values())
-        self.budget = Budget(max(1, options.resolve_budget(_with_slack(self._weight_bytes, len(weights)))))
-        self._pool = SlabPool(self.budget)
-        share = self.budget.limit_bytes // _FAIR_SHARE
-        self.units = partition(model, weights, sizes, share, options.granularity)
-        self._direct = options.resolve_direct(self._weight_bytes, self.budget.limit_bytes)
-        self._readers = [self._reader(unit, infos, sizes) for unit in self.units]
-        self._check_budget()
+        self.budget = options.budget
+        self._pool = self.budget.pool
+        most_bytes = _with_slack(self._weight_bytes, len(weights))
+        limit_bytes = self.budget.expect(most_bytes)
+        self.units = partition(model, weights, sizes, limit_bytes // _FAIR_SHARE, options.granularity)
+        self._direct = options.resolve_direct(self._weight_bytes, limit_bytes)
+        readers = [self._reader(unit, infos, sizes) for unit in self.units]
+        least_bytes = self._least_bytes(readers)
         self.binder = self._bind(model, infos)
-        self.driver = self._make_driver()
-        self._ledger = self.driver.ledger
-        self.binder.connect(self._access, self.driver.leave)
+        self.account = Account(
+            self.binder,
+            FileTable(direct=self._direct, scratch_bytes=_SCRATCH_BYTES),
+            options.depth,
+            least_bytes,
+            most_bytes,
+            was_written=_WarnOnce(self.binder, self.units),
+            on_closed=functools.partial(_let_go, self.binder, source),
+        )
+        named = [(unit.name, reader) for unit, reader in zip(self.units, readers, strict=True)]
+        self.driver = self.budget.join(self.account, named, synchronous=options.depth == 0 and not options.shares)
+        self.binder.connect(self._access, self._leave)
         self._hook(model, infos)
         _runtimes[model] = self
-        self.driver.on_closed = functools.partial(_let_go, self.binder, source)
-        self._finalizer = weakref.finalize(model, self.driver.close)
+        self._finalizer = weakref.finalize(model, self.driver.leave_for_good, self.account)
         self.driver.start()
         self.driver.poke()
 
@@ -102,13 +106,13 @@ class Runtime:
 
     def report(self) -> Report:
         """What happened so far."""
-        counters, budget = self._ledger.counters, self.budget
+        counters, budget = self.account.counters, self._pool.budget
         return Report(
             weight_bytes=self._weight_bytes,
             units=len(self.units),
             budget_bytes=budget.limit_bytes,
             buffer_bytes=self._buffer_bytes,
-            resident_bytes=sum(slab.nbytes for slab in list(self._ledger.resident_slabs())),
+            resident_bytes=sum(slab.nbytes for record in self.account.units if (slab := record.slab) is not None),
             peak_bytes=budget.peak_bytes,
             passes=counters.passes,
             accesses=counters.accesses,
@@ -116,7 +120,7 @@ class Runtime:
             mispredictions=counters.mispredictions,
             evictions=counters.evictions,
             bytes_read=counters.bytes_read,
-            read_seconds=self.driver.busy.seconds,
+            read_seconds=self.account.busy.seconds,
             compute_seconds=max(0.0, counters.inside_seconds - counters.stall_seconds),
             stalls=counters.stalls,
             stall_seconds=counters.stall_seconds,
@@ -129,7 +133,7 @@ class Runtime:
 
     def seed(self, units: Sequence[int]) -> None:
         """Expect the units to be entered in this order."""
-        self._ledger.seed(units)
+        self.driver.ledger.seed(self.account, units)
         self.driver.poke()
 
     def close(self) -> None:
@@ -200,11 +204,12 @@ class Runtime:
     def _cast(self, stored: torch.dtype) -> torch.dtype:
         return bound_dtype(stored, self._dtype)
 
-    def _check_budget(self) -> None:
-        needed = smallest_budget(self.units, [reader.nbytes for reader in self._readers])
+    def _least_bytes(self, readers: Sequence[UnitReader]) -> int:
+        """The smallest budget that works. Raises BudgetTooSmallError if there is less."""
+        needed = smallest_budget(self.units, [reader.nbytes for reader in readers])
         if needed > self.budget.limit_bytes:
-            largest = max(range(len(self.units)), key=lambda index: self._readers[index].nbytes)
-            size = format_nbytes(self._readers[largest].nbytes)
+            largest = max(range(len(self.units)), key=lambda index: readers[index].nbytes)
+            size = format_nbytes(readers[largest].nbytes)
             raise BudgetTooSmallError(
                 f"the budget of {self.budget.limit_bytes} bytes ({format_nbytes(self.budget.limit_bytes)}) cannot hold "
                 f"what one step of the model needs at once; its largest unit has {size}",
@@ -212,6 +217,7 @@ class Runtime:
                 weight=max(self.units[largest].weights, key=lambda weight: weight.parameter.numel()).name,
                 cure=f"The smallest memory_budget that works is {needed} bytes ({format_nbytes(needed)})",
             )
+        return needed
 
     def _bind(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> Binder:
         described = {
@@ -224,37 +230,28 @@ class Runtime:
         }
         return Binder(model, [unit.weights for unit in self.units], described)
 
-    def _make_driver(self) -> Driver:
-        options = self.options
-        limit = self.budget.limit_bytes
-        if options.depth is None:
-            largest = max((reader.nbytes for reader in self._readers), default=0)
-            window = Window(None, min(limit // 2, max(_WINDOW_BYTES, 2 * largest)))
-        else:
-            window = Window(options.depth, limit)
-        ledger = Ledger(self._pool, window)
-        for unit, reader in zip(self.units, self._readers, strict=True):
-            ledger.add(unit.name, reader.nbytes)
-        ledger.was_written = _WarnOnce(self.binder, self.units)
-        ledger.seed(range(len(self.units)))
-        files = FileTable(direct=self._direct, scratch_bytes=_SCRATCH_BYTES)
-        if options.depth == 0:
-            return SynchronousDriver(ledger, self._readers, files, self.binder)
-        return PrefetchingDriver(
-            ledger, self._readers, files, self.binder, num_readers=options.num_readers, name=str(next(_numbers))
-        )
-
     def _hook(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> None:
         modules = dict(model.named_modules())
-        for name, units in self.hooked_modules().items():
-            self._handles += hook_unit(modules[name], units, self.driver)
-        self._handles += hook_pass(model, self.driver)
+        for name, places in self.hooked_modules().items():
+            ids = [self.account.units[place].id for place in places]
+            self._handles += hook_unit(modules[name], ids, self.driver)
+        self._handles += hook_pass(model, self.driver, self.account)
         dtypes = {self._cast(self._stored_dtype(weight, infos)) for unit in self.units for weight in unit.weights}
         for name in {"", *(use.module for unit in self.units for weight in unit.weights for use in weight.uses)}:
             guard(modules[name], dtypes)
 
-    def _access(self, unit: int) -> None:
-        self.driver.enter(unit, sys._getframe(1))
+    def _access(self, place: int) -> None:
+        self.driver.enter(self._id(place), sys._getframe(1))
+
+    def _leave(self, place: int) -> None:
+        self.driver.leave(self._id(place))
+
+    def _id(self, place: int) -> int:
+        """The scheduler's id of a unit. Raises ClosedError when the model was closed."""
+        units = self.account.units
+        if place >= len(units):
+            raise was_closed()
+        return units[place].id
 
     def __repr__(self) -> str:
         return f"<Runtime of {len(self.units)} units, {self.budget!r}, {self.driver!r}>"

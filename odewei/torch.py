@@ -17,6 +17,7 @@ from odewei.loaders import (
     open_checkpoint,
 )
 from odewei.loaders.plain_callable import as_source
+from odewei.memory_budget import MemoryBudget
 from odewei.meta_model import build_without_weights
 from odewei.options import Granularity, Options
 from odewei.runtime import Runtime
@@ -45,7 +46,7 @@ def init_on_demand_weights_model(
     weights_loader_fn: WeightsSource,
     *,
     prefetch_depth: int | str = "auto",
-    memory_budget: int | str = "auto",
+    memory_budget: int | str | MemoryBudget = "auto",
     host_budget: int | str = "auto",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -68,9 +69,10 @@ def init_on_demand_weights_model(
             function ``(module_name, weight_names) -> {name: tensor}``, which is called in a reader thread.
         prefetch_depth: how many units (layers, mostly) to read ahead of their use; 0 reads each when it is needed,
             without any thread; "auto" reads ahead as far as keeps the disk busy.
-        memory_budget: bytes of weights in memory at once, in flight included: an int, text such as "6GiB", or "auto":
-            what the machine and the process's limits can spare when the model is built. Each reader has a scratch of
-            at most 1 MiB besides, and buffers are not part of it.
+        memory_budget: bytes of weights in memory at once, in flight included: an int, text such as "6GiB", "auto":
+            what the machine and the process's limits can spare, looked at again while the model runs; or a
+            ``MemoryBudget`` that several models share. Each reader has a scratch of at most 1 MiB besides, and buffers
+            are not part of it.
         host_budget: for accelerators, which are not supported yet; anything but "auto" raises NotImplementedError.
         device: the execution device; only the CPU is supported yet, anything else raises NotImplementedError.
             Default: the loader's, else "cpu".
@@ -80,7 +82,7 @@ def init_on_demand_weights_model(
             module one unit.
         io: "direct" reads past the page cache, "buffered" through it, "auto" directly when the cache could not hold
             the weights anyway.
-        num_readers: reader threads. More than 4 seldom helps.
+        num_readers: reader threads. More than 4 seldom helps. A shared ``MemoryBudget`` has its own number.
         enable_preloading: False is the same as ``prefetch_depth=0``.
         on_missing: a weight that the checkpoint lacks: "error", or "init" to initialise it as the model would.
 

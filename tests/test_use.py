@@ -15,6 +15,7 @@ from torch import nn
 
 import odewei
 from odewei.runtime import runtime_of
+from odewei.scheduler.plan import Window
 from tests import models as zoo
 
 
@@ -48,7 +49,7 @@ def test_reading_a_weight_outside_of_forward(pair: tuple[nn.Module, nn.Module]) 
 def test_iterating_parameters_loads_nothing(pair: tuple[nn.Module, nn.Module]) -> None:
     """Names, shapes, dtypes and devices of all parameters are known without reading, and none is on meta."""
     model, streamed = pair
-    runtime_of(streamed).driver.ledger.window = type(runtime_of(streamed).driver.ledger.window)(0, 0)
+    runtime_of(streamed).account.window = Window(0, 0)
     before = odewei.report(streamed).accesses
     described = {name: (p.shape, p.dtype, p.device) for name, p in streamed.named_parameters()}
     assert described == {name: (p.shape, p.dtype, p.device) for name, p in model.named_parameters()}

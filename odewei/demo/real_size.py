@@ -19,8 +19,8 @@ import odewei
 from odewei.demo.needs import need_package
 from odewei.demo.synthetic import LlamaShape, model_fn
 from odewei.loaders import open_checkpoint
-from odewei.options import available_bytes
 from odewei.scheduler.budget import format_nbytes
+from odewei.scheduler.machine import available_bytes
 from odewei.torch import init_on_demand_weights_model
 
 __all__ = ["ModeFigures", "RealSizeResult", "RealSizeSettings", "run_real_size"]

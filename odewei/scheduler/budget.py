@@ -58,11 +58,17 @@ class Budget:
     overdrafts: int = 0
     worst_overdraft_bytes: int = 0
     _held: set[Reservation] = field(default_factory=set, repr=False)
+    _highest_limit_bytes: int = field(default=0, repr=False)
 
     @property
     def free_bytes(self) -> int:
         """What can still be reserved; negative while the budget is overdrawn."""
         return self.limit_bytes - self.used_bytes
+
+    def set_limit(self, limit_bytes: int) -> None:
+        """Change the limit. What is used stays so; a smaller limit is overdrawn until enough has been released."""
+        self._highest_limit_bytes = max(self._highest_limit_bytes, self.limit_bytes)
+        self.limit_bytes = limit_bytes
 
     def reserve(self, owner: str, nbytes: int, *, beyond_limit: bool = False) -> Reservation:
         """Reserve bytes for ``owner``. Asking for more than is free without ``beyond_limit`` is a bug of the caller."""
@@ -86,5 +92,6 @@ class Budget:
         """Raise AssertionError unless the sums agree."""
         held = sum(reservation.nbytes for reservation in self._held)
         assert held == self.used_bytes, f"{held} bytes are held, {self.used_bytes} are counted"
-        assert self.used_bytes <= self.limit_bytes or self.overdrafts, "over the limit, and nobody asked for it"
+        limit = max(self.limit_bytes, self._highest_limit_bytes)
+        assert self.used_bytes <= limit or self.overdrafts, "over the limit, and nobody asked for it"
         assert self.peak_bytes >= self.used_bytes >= 0

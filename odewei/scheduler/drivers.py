@@ -1,7 +1,7 @@
 """Doing what the ledger decides: shared by the plain, synchronous way and the prefetching one.
 
-A driver is the only one who moves units; the forward thread takes leases and waits. ``UnitClient`` is the model's
-side: it binds a unit's tensors when they arrive and lets go of them when the unit leaves. Knows nothing of modules.
+A driver is the only one who moves units; the forward thread takes leases and waits. Models join it with an account and
+leave it; it serves all models under one budget, and ends when the last one leaves. Knows nothing of modules.
 """
 
 from __future__ import annotations
@@ -9,42 +9,41 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
-from typing import Protocol
-
-import torch
 
 from odewei.errors import ClosedError, ModelError, OdeweiError, WeightReadError
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.plan import Decision
-from odewei.scheduler.reader import FileTable, Resized, UnitReader
-from odewei.scheduler.records import Waiter
+from odewei.scheduler.reader import Resized, UnitReader
+from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slabs import Slab
 
-__all__ = ["Driver", "SynchronousDriver", "UnitClient"]
-
-
-class UnitClient(Protocol):
-    """The model's side of a unit. Both are called by the driver, never under a lock, for one unit at a time."""
-
-    def publish(self, unit: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """The unit's tensors are here: bind them. They are the only references that keep its slab."""
-
-    def retract(self, unit: int) -> None:
-        """The unit leaves: drop every reference to its tensors."""
+__all__ = ["Driver", "SynchronousDriver", "was_closed"]
 
 
 class Driver(ABC):
-    """Makes room, reads, publishes. ``readers[unit]`` says how each unit is read."""
+    """Makes room, reads, publishes."""
 
-    def __init__(self, ledger: Ledger, readers: Sequence[UnitReader], files: FileTable, client: UnitClient) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self.files = files
-        self._readers = readers
-        self._client = client
-        self.busy = BusyTime()
-        self.on_closed: Callable[[], None] = lambda: None  # called last, in the thread that closes
+
+    # -- models come and go ------------------------------------------------------------------------------------------
+
+    def join(self, account: Account, units: Sequence[tuple[str, UnitReader]]) -> bool:
+        """A model comes, with names and readers of its units. False if the driver has ended."""
+        return self.ledger.join(account, units)
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin to work, before the first access. May be called again when another model has joined."""
+
+    @abstractmethod
+    def leave_for_good(self, account: Account) -> None:
+        """A model goes: its forwards raise ClosedError, its files close. The last one ends the driver.
+
+        May be called twice, and by any thread at any moment, as a finalizer.
+        """
 
     # -- the forward thread ------------------------------------------------------------------------------------------
 
@@ -65,16 +64,12 @@ class Driver(ABC):
             self.ledger.give_up(waiter)
             self.ledger.leave(unit)
             raise
-        self.ledger.note_stall(time.perf_counter() - waiter.since)
+        self.ledger.note_stall(unit, time.perf_counter() - waiter.since)
 
     def leave(self, unit: int) -> None:
         """Return the lease."""
         self.ledger.leave(unit)
         self.poke()
-
-    @abstractmethod
-    def start(self) -> None:
-        """Begin to work, before the first access."""
 
     @abstractmethod
     def poke(self) -> None:
@@ -86,13 +81,13 @@ class Driver(ABC):
 
     def close(self) -> None:
         """Stop for good: threads end, files close, waiting forwards raise ClosedError. May be called twice."""
-        self.ledger.close(ClosedError("the model was closed", cure="Build it again to use it again"))
-        self.files.close()
-        self.on_closed()
+        self.ledger.close(was_closed())
+        while self.ledger.accounts:
+            self.ledger.accounts.pop().end()
         self.ledger.pool.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.ledger!r}, {self.files!r}>"
+        return f"<{type(self).__name__}: {self.ledger!r}>"
 
     def _used_by_its_reader(self) -> ModelError:
         return ModelError(
@@ -101,7 +96,8 @@ class Driver(ABC):
         )
 
     def _as_seen_by_forward(self, unit: int, error: BaseException) -> OdeweiError:
-        name = self.ledger.units[unit].name
+        record = self.ledger.units.get(unit)
+        name = None if record is None else record.name
         if isinstance(error, ClosedError):
             return ClosedError(error.problem, module=name, cure=error.cure)
         if isinstance(error, OdeweiError):
@@ -119,58 +115,48 @@ class Driver(ABC):
     def _make_room(self, decision: Decision) -> Slab | None:
         """Let the victims go, then take a slab. None: somebody still holds their memory; decide again."""
         for unit in decision.evict:
-            self._client.retract(unit)
+            victim = self.ledger.units[unit]
+            victim.account.client.retract(victim.place)
         record = self.ledger.units[decision.fetch]
         pool = self.ledger.pool
         return pool.acquire(record.name, record.nbytes, beyond_limit=decision.beyond_limit)
 
-    def _publish(self, unit: int, slab: Slab, nbytes_read: int) -> None:
+    def _publish(self, record: UnitRecord, slab: Slab, nbytes_read: int) -> None:
         """All bytes are in the slab: bind, then say so."""
-        self.ledger.finish_read(unit, nbytes_read)
+        if record.account.closed is not None:
+            self._give_up(record, slab, record.account.closed, nbytes_read)
+            return
+        self.ledger.finish_read(record.id, nbytes_read)
         try:
-            self._client.publish(unit, self._readers[unit].tensors(self.ledger.pool.lend(slab)))
+            record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
         except Exception as error:
-            self.ledger.fail(unit, error)
+            self.ledger.fail(record.id, error)
         else:
-            self.ledger.arrive(unit)
+            self.ledger.arrive(record.id)
 
-    def _give_up(self, unit: int, slab: Slab, error: BaseException, nbytes_read: int) -> None:
+    def _give_up(self, record: UnitRecord, slab: Slab, error: BaseException, nbytes_read: int) -> None:
         """The read did not succeed; the slab is free again."""
         if isinstance(error, Resized):
-            self.ledger.abandon_read(unit, nbytes_read)
-            self.ledger.resize(unit, error.nbytes)
+            self.ledger.abandon_read(record.id, nbytes_read)
+            self.ledger.resize(record.id, error.nbytes)
         else:
-            self.ledger.fail(unit, error, nbytes_read)
+            self.ledger.fail(record.id, error, nbytes_read)
         self.ledger.pool.release(slab)
 
 
-class BusyTime:
-    """Seconds during which at least one read was running. Methods may be called from any thread."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._running = 0
-        self._since = 0.0
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._running:
-                self._since = time.perf_counter()
-            self._running += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._running -= 1
-            if not self._running:
-                self.seconds += time.perf_counter() - self._since
+def was_closed() -> ClosedError:
+    """Why a model that was closed takes no more accesses."""
+    return ClosedError("the model was closed", cure="Build it again to use it again")
 
 
 class SynchronousDriver(Driver):
-    """The plain twin: the forward thread reads what it needs when it needs it, job after job. Starts no thread."""
+    """The plain twin: the forward thread reads what it needs when it needs it, job after job. Starts no thread.
 
-    def __init__(self, ledger: Ledger, readers: Sequence[UnitReader], files: FileTable, client: UnitClient) -> None:
-        super().__init__(ledger, readers, files, client)
+    Serves one model.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(ledger)
         self._turn = threading.RLock()  # one thread reads at a time
         self._reading = False
 
@@ -180,35 +166,39 @@ class SynchronousDriver(Driver):
     def poke(self) -> None:
         pass
 
+    def leave_for_good(self, account: Account) -> None:
+        self.close()
+
     def _serve(self, waiter: Waiter) -> None:
         with self._turn:
             if self._reading:
                 raise self._used_by_its_reader()
+            self.ledger.adapt()
             while not waiter.done.is_set():
                 decision = self.ledger.next_decision()
                 assert decision is not None, "a forward waits, and nothing can be done"
                 slab = self._make_room(decision)
                 if slab is not None:
-                    self._read(decision.fetch, slab)
+                    self._read(self.ledger.units[decision.fetch], slab)
 
-    def _read(self, unit: int, slab: Slab) -> None:
-        self.ledger.begin_read(unit, slab)
+    def _read(self, record: UnitRecord, slab: Slab) -> None:
+        self.ledger.begin_read(record.id, slab)
         nbytes = 0
         self._reading = True
         try:
-            with self.busy:
+            with record.account.busy:
                 view = slab.view()
-                for job in self._readers[unit].jobs():
-                    nbytes += job.run(view, self.files)
+                for job in record.reader.jobs():
+                    nbytes += job.run(view, record.account.files)
                 del view
         except BaseException as error:
-            self._give_up(unit, slab, error, nbytes)
+            self._give_up(record, slab, error, nbytes)
             if not isinstance(error, Exception):
                 raise
             return
         finally:
             self._reading = False
-        self._publish(unit, slab, nbytes)
+        self._publish(record, slab, nbytes)
 
     def close(self) -> None:
         with self._turn:

@@ -16,18 +16,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 
-from odewei.scheduler.records import UnitRecord
+from odewei.scheduler.records import Account, UnitRecord
 
 __all__ = ["Lease", "LeaseBook", "ThreadLeases"]
 
 
 @dataclass(slots=True)
 class Lease:
-    """A thread is inside ``unit``; None: inside the model. It ends with ``frame`` at the latest."""
+    """A thread is inside ``unit``; None: inside the model of ``account``. It ends with ``frame`` at the latest."""
 
+    account: Account
     unit: UnitRecord | None
     frame: FrameType
     since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def what(self) -> int | Account:
+        return self.account if self.unit is None else self.unit.id
 
     def is_stale(self) -> bool:
         """Whether the frame has ended without returning the lease. Clears the locals of a frame that has."""
@@ -49,12 +54,12 @@ class ThreadLeases:
 class LeaseBook:
     """All leases, by thread.
 
-    ``on_outside`` is called with a thread that has returned its last lease and the seconds since its first;
-    ``on_ended`` with one that has ended, whose leases have been returned.
+    ``on_outside`` is called with a thread that has returned its last lease, the account of its first, and the seconds
+    since then; ``on_ended`` with one that has ended, whose leases have been returned.
     """
 
     def __init__(
-        self, on_outside: Callable[[ThreadLeases, float], None], on_ended: Callable[[ThreadLeases], None]
+        self, on_outside: Callable[[ThreadLeases, Account, float], None], on_ended: Callable[[ThreadLeases], None]
     ) -> None:
         self._on_outside = on_outside
         self._on_ended = on_ended
@@ -71,17 +76,20 @@ class LeaseBook:
             self._threads.add(mine)
         return mine
 
-    def take(self, mine: ThreadLeases, unit: UnitRecord | None, frame: FrameType) -> None:
+    def take(self, mine: ThreadLeases, account: Account, unit: UnitRecord | None, frame: FrameType) -> None:
         """A lease of ``unit`` for the call that runs in ``frame``, after what earlier calls left behind is returned."""
         self._return_stale(mine)
-        mine.leases.append(Lease(unit, frame))
+        mine.leases.append(Lease(account, unit, frame))
         if unit is not None:
             unit.leases += 1
 
-    def give_back(self, mine: ThreadLeases, unit: UnitRecord | None) -> None:
-        """Return the innermost lease of ``unit``, if there is one. Leases above it were left behind and go too."""
-        if any(lease.unit is unit for lease in mine.leases):
-            while self._return_last(mine).unit is not unit:
+    def give_back(self, mine: ThreadLeases, what: int | Account) -> None:
+        """Return the innermost lease of a unit (by its id) or of a model. Leases above it were left behind and go too.
+
+        Nothing happens when there is none.
+        """
+        if any(lease.what == what for lease in mine.leases):
+            while self._return_last(mine).what != what:
                 pass
 
     def return_all_stale(self) -> bool:
@@ -103,7 +111,7 @@ class LeaseBook:
         if lease.unit is not None:
             lease.unit.leases -= 1
         if not mine.leases:
-            self._on_outside(mine, time.perf_counter() - lease.since)
+            self._on_outside(mine, lease.account, time.perf_counter() - lease.since)
         return lease
 
     def _forget(self, ended: ThreadLeases) -> None:

@@ -6,15 +6,18 @@ read, copied, allocated or bound while it is held. Order of locks: ledger, then 
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from odewei.errors import ClosedError
 from odewei.scheduler.leases import LeaseBook, ThreadLeases
+from odewei.scheduler.machine import AutoLimit
 from odewei.scheduler.outlook import Outlook
-from odewei.scheduler.plan import Candidate, Decision, Window, Wish, decide
-from odewei.scheduler.records import Counters, UnitRecord, Waiter
+from odewei.scheduler.plan import Candidate, Decision, Wish, decide, window_for
+from odewei.scheduler.reader import UnitReader
+from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slabs import Slab, SlabPool
 from odewei.scheduler.states import State, check_move
 
@@ -22,16 +25,19 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """The book of all units under one budget. Methods may be called from any thread unless they say otherwise."""
+    """The book of all units of all models under one budget. Methods may be called from any thread unless they say
+    otherwise.
+    """
 
-    def __init__(self, pool: SlabPool, window: Window) -> None:
+    def __init__(self, pool: SlabPool, auto: AutoLimit | None = None) -> None:
+        """``auto``: adapts the budget while models run."""
         self.pool = pool
-        self.window = window
+        self._auto = auto
         self.lock = threading.RLock()  # a finalizer may close the ledger in a thread that holds it
-        self.was_written: Callable[[int], bool] | None = None  # asked, under the lock, before a unit may be evicted
-        self.units: list[UnitRecord] = []
-        self.counters = Counters()
+        self.accounts: list[Account] = []
+        self.units: dict[int, UnitRecord] = {}
         self.outlook = Outlook()
+        self._ids = itertools.count()
         self._residents: set[int] = set()
         self._demanded: dict[int, UnitRecord] = {}
         self._reading_bytes = 0
@@ -41,17 +47,85 @@ class Ledger:
         self._closed: BaseException | None = None
         self._leases = LeaseBook(self._thread_is_outside, self.outlook.forget)
 
-    # -- making ------------------------------------------------------------------------------------------------------
+    # -- models come and go ------------------------------------------------------------------------------------------
 
-    def add(self, name: str, nbytes: int) -> int:
-        """A new unit, absent. Returns its id. Only before the first access."""
-        self.units.append(UnitRecord(len(self.units), name, nbytes))
-        return len(self.units) - 1
+    def join(self, account: Account, units: Sequence[tuple[str, UnitReader]]) -> bool:
+        """A model comes, with names and readers of its units, all absent, in the order they are expected to be used.
 
-    def seed(self, order: Sequence[int]) -> None:
-        """The order in which the units are expected to be entered in one pass."""
+        False if the ledger was closed.
+        """
         with self.lock:
-            self.outlook.seed(order)
+            if self._closed is not None:
+                return False
+            for place, (name, reader) in enumerate(units):
+                record = UnitRecord(next(self._ids), name, reader.nbytes, account, place, reader)
+                self.units[record.id] = record
+                account.units.append(record)
+            self.accounts.append(account)
+            self._set_windows()
+            self.seed(account, range(len(units)))
+            return True
+
+    def seed(self, account: Account, order: Sequence[int]) -> None:
+        """The order in which the units of a model, by their places in it, are expected to be entered in one pass.
+
+        Models are expected to run in the order in which they have come.
+        """
+        with self.lock:
+            account.order = tuple(account.units[place].id for place in order)
+            self.outlook.seed([unit for each in self.accounts for unit in each.order])
+
+    def depart(self, account: Account, reason: BaseException) -> bool:
+        """A model goes: those who wait for its units get ``reason``, and its residents become absent.
+
+        The caller unbinds them, lets reads under way end, then calls ``forget``. False if it is the last model: then
+        the whole ledger was closed instead, and no other can join.
+        """
+        with self.lock:
+            if self.accounts == [account]:
+                self.close(reason)
+                return False
+            if account not in self.accounts:
+                return True
+            self.accounts.remove(account)
+            account.closed = reason
+            for record in account.units:
+                self._wake(record, reason)
+                if record.state is State.RESIDENT:
+                    self._evict(record)
+            self.outlook.seed([unit for each in self.accounts for unit in each.order])
+            return True
+
+    def forget(self, account: Account) -> None:
+        """Strike the units of a model that has departed. Nothing of it may be on its way."""
+        with self.lock:
+            for record in account.units:
+                if record.state is State.FAILED:
+                    self._move(record, State.ABSENT)
+                assert record.state is State.ABSENT, f"{record.name} is still {record.state.value}"
+                self.units.pop(record.id, None)
+            account.units.clear()
+
+    def adapt(self) -> None:
+        """Have an "auto" budget follow what is available, now and then."""
+        if self._auto is None:
+            return
+        with self.lock:
+            budget = self.pool.budget
+            limit = self._auto.changed(
+                budget.limit_bytes,
+                budget.used_bytes,
+                least_bytes=max((account.least_bytes for account in self.accounts), default=1),
+                most_bytes=max(1, sum(account.most_bytes for account in self.accounts)),
+            )
+            if limit is not None:
+                self.pool.set_limit(limit)
+                self._set_windows()
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the budget may change while nothing else happens."""
+        return self._auto is not None
 
     def resize(self, unit: int, nbytes: int) -> None:
         """A unit turned out to need other room. Only while it is absent or being read."""
@@ -66,32 +140,30 @@ class Ledger:
 
     # -- the forward thread ------------------------------------------------------------------------------------------
 
-    def enter_pass(self, frame: FrameType) -> None:
-        """This thread enters the model, whose call runs in ``frame``."""
+    def enter_pass(self, account: Account, frame: FrameType) -> None:
+        """This thread enters a model, whose call runs in ``frame``."""
         with self.lock:
             mine = self._leases.mine()
-            self._leases.take(mine, None, frame)
+            self._leases.take(mine, account, None, frame)
             self.outlook.enter(mine)
 
-    def leave_pass(self) -> None:
-        """This thread leaves the model, whether by return or by exception."""
+    def leave_pass(self, account: Account) -> None:
+        """This thread leaves a model, whether by return or by exception."""
         with self.lock:
             mine = self._leases.mine()
-            self._leases.give_back(mine, None)
+            self._leases.give_back(mine, account)
             if not mine.leases:
-                self.counters.passes += 1
+                account.counters.passes += 1
 
     def enter(self, unit: int, frame: FrameType) -> Waiter | None:
         """Take a lease. None: the unit is resident. Otherwise whoever drives the ledger sets ``done`` of the waiter."""
-        record = self.units[unit]
         with self.lock:
-            if self._closed is not None:
-                raise ClosedError("the model was closed", cure="Build it again to use it again") from self._closed
+            record = self._open_record(unit)
             mine = self._leases.mine()
-            self._leases.take(mine, record, frame)
+            self._leases.take(mine, record.account, record, frame)
             self._note_access(mine, record)
             if record.state is State.RESIDENT:
-                self.counters.hits += 1
+                record.account.counters.hits += 1
                 return None
             waiter = Waiter(unit)
             record.waiters.append(waiter)
@@ -101,22 +173,24 @@ class Ledger:
     def leave(self, unit: int) -> None:
         """Return the innermost lease of ``unit`` of this thread. Leases above it were left behind and go too."""
         with self.lock:
-            self._leases.give_back(self._leases.mine(), self.units[unit])
+            self._leases.give_back(self._leases.mine(), unit)
 
     def give_up(self, waiter: Waiter) -> None:
         """A forward stopped waiting (an interrupt): nobody needs to wake it any more."""
         with self.lock:
-            record = self.units[waiter.unit]
-            if waiter in record.waiters:
+            record = self.units.get(waiter.unit)
+            if record is not None and waiter in record.waiters:
                 record.waiters.remove(waiter)
                 if not record.waiters:
                     self._demanded.pop(waiter.unit, None)
 
-    def note_stall(self, seconds: float) -> None:
-        """A forward has waited so long for its unit."""
+    def note_stall(self, unit: int, seconds: float) -> None:
+        """A forward has waited so long for a unit."""
         with self.lock:
-            self.counters.stalls += 1
-            self.counters.stall_seconds += seconds
+            record = self.units.get(unit)
+            if record is not None:
+                record.account.counters.stalls += 1
+                record.account.counters.stall_seconds += seconds
 
     def needs_driver(self) -> bool:
         """Whether there is anything to decide: some unit is neither resident nor failed. Without the lock, a hint."""
@@ -156,8 +230,8 @@ class Ledger:
             record = self.units[unit]
             self._move(record, State.STAGED)
             self._reading_bytes -= record.nbytes
-            self.counters.bytes_read += nbytes
-            self.counters.units_read += 1
+            record.account.counters.bytes_read += nbytes
+            record.account.counters.units_read += 1
 
     def abandon_read(self, unit: int, nbytes: int) -> None:
         """READING back to ABSENT, without failure. ``nbytes`` were read all the same."""
@@ -166,7 +240,7 @@ class Ledger:
             self._reading_bytes -= record.nbytes
             self._move(record, State.ABSENT)
             record.slab = None
-            self.counters.bytes_read += nbytes
+            record.account.counters.bytes_read += nbytes
             self.outlook.note_missing(unit)
 
     def arrive(self, unit: int) -> None:
@@ -186,14 +260,14 @@ class Ledger:
                 self._reading_bytes -= record.nbytes
             self._move(record, State.FAILED)
             record.slab = None
-            self.counters.bytes_read += nbytes
+            record.account.counters.bytes_read += nbytes
             self._wake(record, error)
 
     def close(self, reason: BaseException) -> None:
         """No more accesses: they raise ``reason``, and so do all who wait now."""
         with self.lock:
             self._closed = self._closed or reason
-            for record in self.units:
+            for record in self.units.values():
                 self._wake(record, reason)
 
     # -- looking -----------------------------------------------------------------------------------------------------
@@ -203,9 +277,9 @@ class Ledger:
         return (slab for unit in self._residents if (slab := self.units[unit].slab) is not None)
 
     def leases(self) -> int:
-        """All leases taken now, stale ones included."""
+        """All leases of units taken now, stale ones included."""
         with self.lock:
-            return sum(record.leases for record in self.units)
+            return sum(record.leases for record in self.units.values())
 
     def is_held_by_caller(self) -> bool:
         """Whether this thread is inside the ledger or its pool, and must wait for no one: a finalizer may run there."""
@@ -215,7 +289,7 @@ class Ledger:
         """Raise AssertionError unless states, sums and slabs agree."""
         self.pool.check_invariants()
         with self.lock:
-            records = self.units
+            records = self.units.values()
             assert self._residents == {unit.id for unit in records if unit.state is State.RESIDENT}
             assert self._reading_bytes == sum(unit.nbytes for unit in records if unit.state is State.READING)
             ahead = [unit for unit in records if unit.ahead]
@@ -232,15 +306,29 @@ class Ledger:
 
     # -- under the lock ----------------------------------------------------------------------------------------------
 
-    def _thread_is_outside(self, thread: ThreadLeases, seconds: float) -> None:
-        self.counters.inside_seconds += seconds
+    def _set_windows(self) -> None:
+        limit = self.pool.budget.limit_bytes
+        largest = max((record.nbytes for record in self.units.values()), default=0)
+        for account in self.accounts:
+            account.window = window_for(account.depth, limit, largest)
+
+    def _open_record(self, unit: int) -> UnitRecord:
+        record = self.units.get(unit)
+        reason = self._closed if record is None else self._closed or record.account.closed
+        if record is None or reason is not None:
+            raise ClosedError("the model was closed", cure="Build it again to use it again") from reason
+        return record
+
+    def _thread_is_outside(self, thread: ThreadLeases, account: Account, seconds: float) -> None:
+        account.counters.inside_seconds += seconds
         self.outlook.leave(thread)
 
     def _note_access(self, mine: ThreadLeases, record: UnitRecord) -> None:
-        self.counters.accesses += 1
+        counters = record.account.counters
+        counters.accesses += 1
         if not self.outlook.record(mine, record.id):
-            self.counters.mispredictions += 1
-            for unit in self.units if self._ahead_units else ():
+            counters.mispredictions += 1
+            for unit in self.units.values() if self._ahead_units else ():
                 self._clear_ahead(unit)
         self._clear_ahead(record)
         if record.state is State.RESIDENT:
@@ -253,15 +341,22 @@ class Ledger:
                 self.outlook.note_missing(record.id)
             if record.state is State.ABSENT:
                 return Wish(record.id, record.nbytes, 0, True)
-        if self.window.depth == 0 or self._closed is not None:
+        if self._closed is not None or all(account.window.depth == 0 for account in self.accounts):
             return None
-        found = self.outlook.first_missing(lambda unit: self.units[unit].state is State.ABSENT)
+        found = self.outlook.first_missing(self._is_missing)
         if found is None:
             return None
         record = self.units[found[0]]
-        if not self.window.is_open(self._ahead_units, self._ahead_bytes, record.nbytes):
-            return None
+        if not record.account.window.is_open(self._ahead_units, self._ahead_bytes, record.nbytes):
+            # The window is there because what is fetched early drives something out early. Empty room has no such price.
+            if record.account.depth is not None or record.nbytes > self.pool.room_bytes():
+                return None
         return Wish(record.id, record.nbytes, found[1], False)
+
+    def _is_missing(self, unit: int) -> bool:
+        """Whether the unit is worth fetching ahead."""
+        record = self.units[unit]
+        return record.state is State.ABSENT and record.account.window.depth != 0
 
     def _decide(self, wish: Wish | None) -> Decision | None:
         return decide(
@@ -277,7 +372,7 @@ class Ledger:
             record = self.units[unit]
             if record.state is not State.RESIDENT or record.leases or record.stays:
                 return False
-            record.stays = self.was_written is not None and self.was_written(unit)
+            record.stays = record.account.was_written(record.place)
             return not record.stays
 
         for unit, distance in self.outlook.furthest_first(evictable, self._residents):
@@ -287,7 +382,7 @@ class Ledger:
         self._move(record, State.ABSENT)
         self._residents.remove(record.id)
         self._clear_ahead(record)
-        self.counters.evictions += 1
+        record.account.counters.evictions += 1
         if record.slab is not None:
             self.pool.mark_leaving(record.slab, record.name)
             record.slab = None

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Candidate", "Decision", "Window", "Wish", "choose_victims", "decide"]
+__all__ = ["Candidate", "Decision", "Window", "Wish", "choose_victims", "decide", "window_for"]
+
+_WINDOW_BYTES = 256 << 20  # enough in flight to keep a fast disk busy
 
 
 class Candidate(NamedTuple):
@@ -59,6 +61,13 @@ class Window:
         if self.depth is not None and ahead_units >= self.depth:
             return False
         return ahead_units == 0 or ahead_bytes + next_nbytes <= self.nbytes
+
+
+def window_for(depth: int | None, limit_bytes: int, largest_bytes: int) -> Window:
+    """The window of ``depth`` units; for "auto" (None) what keeps a disk busy, at most half of the budget."""
+    if depth is not None:
+        return Window(depth, limit_bytes)
+    return Window(None, min(limit_bytes // 2, max(_WINDOW_BYTES, 2 * largest_bytes)))
 
 
 def choose_victims(

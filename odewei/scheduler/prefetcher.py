@@ -2,10 +2,11 @@
 
 The loop's thread alone moves units. It decides as long as there is something to decide, starts reads, and sleeps
 until a forward thread, a finished read or a returned slab wakes it. Files are opened and read through aiofiles in the
-reader pool. Reads are cut into jobs that wait in one queue across units and passes, so that the disk is never idle
-between two layers; the jobs of a unit that a forward waits for go first.
+reader pool. Reads are cut into jobs that wait in one queue across units and passes, and a reader takes one after the
+other, so that the disk is never idle between two layers; the jobs of a unit that a forward waits for go first.
 
-Nothing here holds the model: when the model dies, its finalizer closes the driver.
+Nothing here holds a model: when it dies, its finalizer has its account leave. Accounts are closed by the loop's thread,
+under no lock; the last one ends it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 import contextlib
 import os
 import threading
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,52 +24,35 @@ import aiofiles.os
 
 from odewei.errors import ClosedError
 from odewei.loaders.base import CheckpointFile
-from odewei.scheduler.drivers import Driver, UnitClient
+from odewei.scheduler.drivers import Driver, was_closed
 from odewei.scheduler.ledger import Ledger
-from odewei.scheduler.reader import FileTable, Job, UnitReader, cannot_read
-from odewei.scheduler.records import Waiter
-from odewei.scheduler.slabs import Bytes, Slab
+from odewei.scheduler.read_queue import Batch, ReadQueue
+from odewei.scheduler.reader import FileTable, cannot_read
+from odewei.scheduler.records import Account, UnitRecord, Waiter
+from odewei.scheduler.slabs import Slab
 
 __all__ = ["PrefetchingDriver"]
 
-
-class _Queued:
-    """A job in the queue. ``result`` is its number of bytes read, or its error."""
-
-    __slots__ = ("job", "result", "slab", "unit")
-
-    def __init__(self, unit: int, job: Job, slab: Bytes, result: asyncio.Future[int | BaseException]) -> None:
-        self.unit = unit
-        self.job = job
-        self.slab = slab
-        self.result = result
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class PrefetchingDriver(Driver):
     """Reads ahead on its own thread. ``start`` starts it; ``close`` ends it and its readers."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        readers: Sequence[UnitReader],
-        files: FileTable,
-        client: UnitClient,
-        *,
-        num_readers: int,
-        name: str,
-    ) -> None:
-        super().__init__(ledger, readers, files, client)
+    def __init__(self, ledger: Ledger, *, num_readers: int, name: str) -> None:
+        super().__init__(ledger)
         self._num_readers = num_readers
         self._reader_prefix = f"odewei-reader-{name}_"
         self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix=self._reader_prefix[:-1])
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=f"odewei-scheduler-{name}", daemon=True)
         self._awake = asyncio.Event()
-        self._queue: list[_Queued] = []
+        self._queue = ReadQueue()
         self._queued = asyncio.Semaphore(0)
-        self._opening: dict[CheckpointFile, asyncio.Lock] = {}
+        self._opening: dict[tuple[FileTable, CheckpointFile], asyncio.Lock] = {}
         self._reads: set[asyncio.Task[None]] = set()
         self._process = os.getpid()
+        self._leaving: deque[Account] = deque()
         self._closing = False
         self._poked = False
         self.ledger.pool.on_return = self._wake
@@ -75,7 +60,10 @@ class PrefetchingDriver(Driver):
     # -- any thread --------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._thread.start()
+        with self.ledger.lock:
+            is_new = self._thread.ident is None
+            if is_new:
+                self._thread.start()
 
     def poke(self) -> None:
         if self.ledger.needs_driver():
@@ -97,9 +85,22 @@ class PrefetchingDriver(Driver):
                 "the process was forked, and the thread that reads the weights stayed behind",
                 cure="Build the model in the child, or start processes with the method 'spawn'",
             )
+        self._queue.hurry(waiter.unit)
         self._poked = False  # an interrupt may have hit the last wake-up half way
         self._wake()
         waiter.done.wait()
+
+    def leave_for_good(self, account: Account) -> None:
+        if self._thread.ident is None:
+            self.close()
+            return
+        self._leaving.append(account)
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
+            self._loop.call_soon_threadsafe(self._awake.set)
+        if self._may_wait():
+            account.gone.wait()
+            if self._closing:
+                self._thread.join()
 
     def close(self) -> None:
         """May run in any thread at any moment, as a finalizer: the loop's thread does the work, under no lock."""
@@ -111,8 +112,13 @@ class PrefetchingDriver(Driver):
         self._closing = True
         with contextlib.suppress(RuntimeError):  # the loop is closed already
             self._loop.call_soon_threadsafe(self._awake.set)
-        if not self._is_own_thread() and not self.ledger.is_held_by_caller():
+        if self._may_wait():
             self._thread.join()
+
+    def _may_wait(self) -> bool:
+        """Whether the caller may wait for the loop's thread: it is not part of it, and holds nothing that it needs."""
+        is_here = os.getpid() == self._process  # a forked child has no such thread
+        return is_here and not self._is_own_thread() and not self.ledger.is_held_by_caller()
 
     def _is_own_thread(self) -> bool:
         """Whether the caller is the loop's thread or a reader, which must wait for neither."""
@@ -129,17 +135,23 @@ class PrefetchingDriver(Driver):
             raise
         finally:
             self._closing = True
+            self._queue.close(was_closed())
             self._pool.shutdown()
             self._loop.close()
             super().close()
+            while self._leaving:
+                self._leaving.popleft().end()
 
     async def _main(self) -> None:
+        if self.ledger.adapts:
+            self._look_again()
         workers = [asyncio.create_task(self._work()) for _ in range(self._num_readers)]
-        reason = ClosedError("the model was closed", cure="Build it again to use it again")
+        reason = was_closed()
         try:
             while not self._closing:
                 self._awake.clear()
                 self._poked = False
+                self._let_leave()
                 self._decide()
                 for task in (*workers, *self._reads):
                     if task.done():
@@ -153,23 +165,42 @@ class PrefetchingDriver(Driver):
             self.ledger.close(reason)  # first of all, so that nobody waits for what follows
             await self._end(workers)
 
+    def _look_again(self) -> None:
+        """Wake up once a second, for a budget that follows what the machine can spare."""
+        if not self._closing:
+            self._awake.set()
+            self._loop.call_later(_SECONDS_BETWEEN_LOOKS, self._look_again)
+
     async def _end(self, workers: Sequence[asyncio.Task[None]]) -> None:
-        """Let the readers end what they are doing (a cancelled one would leave its file open), then drop the rest."""
-        self._queue.clear()
+        """Let the readers end what they are doing, and drop the rest. Nothing is cancelled half way."""
+        self._queue.close(was_closed())
         for _ in workers:
             self._queued.release()
-        await asyncio.gather(*workers, return_exceptions=True)
-        for task in self._reads:
-            task.cancel()
-        await asyncio.gather(*self._reads, return_exceptions=True)
+        await asyncio.gather(*workers, *self._reads, return_exceptions=True)
+
+    def _let_leave(self) -> None:
+        """Close the accounts that leave, each as soon as nothing of it is on its way. The last one ends the loop."""
+        for _ in range(len(self._leaving)):
+            account = self._leaving.popleft()
+            if account.gone.is_set():
+                continue
+            if not self.ledger.depart(account, was_closed()):
+                self._closing = True
+                self._awake.set()
+            elif account.is_reading():
+                self._leaving.append(account)  # the end of its read wakes the loop
+            else:
+                self.ledger.forget(account)
+                account.end()
 
     def _decide(self) -> None:
-        while (decision := self.ledger.next_decision()) is not None:
+        self.ledger.adapt()
+        while not self._closing and (decision := self.ledger.next_decision()) is not None:
             slab = self._make_room(decision)
             if slab is None:
                 continue
             self.ledger.begin_read(decision.fetch, slab)
-            task = asyncio.create_task(self._read(decision.fetch, slab))
+            task = asyncio.create_task(self._read(self.ledger.units[decision.fetch], slab))
             self._reads.add(task)
             task.add_done_callback(self._read_done)
 
@@ -178,61 +209,54 @@ class PrefetchingDriver(Driver):
             self._reads.discard(task)
         self._awake.set()
 
-    async def _read(self, unit: int, slab: Slab) -> None:
+    async def _read(self, record: UnitRecord, slab: Slab) -> None:
         """All jobs of a unit, then publish it or tell who waits that it failed."""
-        view = slab.view()
-        with self.busy:
-            results = [self._enqueue(unit, job, view) for job in self._readers[unit].jobs()]
-            del view
-            try:
-                done = await asyncio.gather(*results)
-            except asyncio.CancelledError:  # closing: the readers have ended
-                self._give_up(unit, slab, ClosedError("the model was closed while it was read"), 0)
-                raise
-        nbytes = sum(result for result in done if isinstance(result, int))
-        error = next((result for result in done if isinstance(result, BaseException)), None)
+        with record.account.busy:
+            nbytes, error = await self._read_jobs(record, slab)
         if error is None:
-            self._publish(unit, slab, nbytes)
+            self._publish(record, slab, nbytes)
         else:
-            self._give_up(unit, slab, error, nbytes)
+            self._give_up(record, slab, error, nbytes)
 
-    def _enqueue(self, unit: int, job: Job, view: Bytes) -> asyncio.Future[int | BaseException]:
-        result: asyncio.Future[int | BaseException] = self._loop.create_future()
-        self._queue.append(_Queued(unit, job, view, result))
-        self._queued.release()
-        return result
+    async def _read_jobs(self, record: UnitRecord, slab: Slab) -> tuple[int, BaseException | None]:
+        """The bytes that were read, and the first error."""
+        files = record.account.files
+        try:
+            jobs = record.reader.jobs()
+            for file in {file: None for job in jobs for file in job.files()}:
+                await self._open(files, file)
+        except Exception as error:
+            return 0, error
+        if not jobs:
+            return 0, None
+        done = asyncio.Event()
+        batch = Batch(jobs, slab.view(), files, lambda: self._loop.call_soon_threadsafe(done.set))
+        self._queue.put(record.id, batch, urgent=bool(record.waiters))
+        for _ in range(min(len(jobs), self._num_readers)):
+            self._queued.release()
+        await done.wait()
+        return batch.nbytes, batch.error
 
     async def _work(self) -> None:
-        """One reader: the most urgent job, one after another."""
-        units = self.ledger.units
-        run = aiofiles.os.wrap(_run_job)
-        while True:
+        """One reader: have it work when there is something to read."""
+        drain = aiofiles.os.wrap(self._queue.drain)
+        while not self._closing:
             await self._queued.acquire()
-            if self._closing:
-                return
-            queued = min(self._queue, key=lambda queued: not units[queued.unit].waiters)  # the first of the most urgent
-            self._queue.remove(queued)
-            try:
-                for file in queued.job.files():
-                    await self._open(file)
-                result = await run(queued.job, queued.slab, self.files, executor=self._pool)
-            except Exception as error:
-                result = error
-            queued.result.set_result(result)
-            del queued, result
+            if self._queue:
+                await drain(executor=self._pool)
 
-    async def _open(self, file: CheckpointFile) -> None:
-        if self.files.is_open(file):
+    async def _open(self, files: FileTable, file: CheckpointFile) -> None:
+        if files.is_open(file):
             return
-        async with self._opening.setdefault(file, asyncio.Lock()):
-            if not self.files.is_open(file):
-                try:
-                    opened = await aiofiles.open(
-                        file.path, "rb", buffering=0, opener=self.files.opener, executor=self._pool
-                    )
-                except OSError as error:
-                    raise cannot_read(file, error) from error
-                self.files.keep(file, opened._file)  # type: ignore[attr-defined]
+        try:
+            async with self._opening.setdefault((files, file), asyncio.Lock()):
+                if not files.is_open(file):
+                    opened = await aiofiles.open(file.path, "rb", buffering=0, opener=files.opener, executor=self._pool)
+                    files.keep(file, opened._file)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise cannot_read(file, error) from error
+        finally:
+            self._opening.pop((files, file), None)
 
 
 def _death(error: BaseException) -> ClosedError:
@@ -242,11 +266,3 @@ def _death(error: BaseException) -> ClosedError:
     )
     reason.__cause__ = error
     return reason
-
-
-def _run_job(job: Job, slab: Bytes, files: FileTable) -> int | BaseException:
-    """In a reader thread. Errors are values here: some of them would mean something to coroutines."""
-    try:
-        return job.run(slab, files)
-    except BaseException as error:
-        return error

@@ -1,15 +1,37 @@
-"""What the ledger writes down: a unit, a forward that waits for one, and the sums of what happened. Plain data."""
+"""What the ledger writes down: a unit, a model's account, a forward that waits, and the sums of what happened.
+
+Plain data. Knows nothing of modules: ``UnitClient`` is all that the scheduler sees of a model.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import torch
+
+from odewei.scheduler.plan import Window
+from odewei.scheduler.reader import FileTable, UnitReader
 from odewei.scheduler.slabs import Slab
 from odewei.scheduler.states import State
 
-__all__ = ["Counters", "UnitRecord", "Waiter"]
+__all__ = ["Account", "BusyTime", "Counters", "UnitClient", "UnitRecord", "Waiter"]
+
+
+class UnitClient(Protocol):
+    """The model's side of a unit, which it knows by its number among the model's own units.
+
+    Both are called by the driver, never under a lock, for one unit at a time.
+    """
+
+    def publish(self, unit: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The unit's tensors are here: bind them. They are the only references that keep its slab."""
+
+    def retract(self, unit: int) -> None:
+        """The unit leaves: drop every reference to its tensors."""
 
 
 class Waiter:
@@ -22,21 +44,6 @@ class Waiter:
         self.done = threading.Event()
         self.error: BaseException | None = None
         self.since = time.perf_counter()
-
-
-@dataclass(eq=False, slots=True)
-class UnitRecord:
-    """What the scheduler knows of one unit. ``nbytes`` is the size of its slab."""
-
-    id: int
-    name: str
-    nbytes: int
-    state: State = State.ABSENT
-    leases: int = 0
-    ahead: bool = False  # fetched before its use, and not used since
-    stays: bool = False  # never evicted (written to in place, or for good)
-    slab: Slab | None = None
-    waiters: list[Waiter] = field(default_factory=list)
 
 
 @dataclass
@@ -56,3 +63,86 @@ class Counters:
     units_read: int = 0
     evictions: int = 0
     mispredictions: int = 0
+
+
+class BusyTime:
+    """Seconds during which at least one read was running. Methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._ended = 0.0
+        self._running = 0
+        self._since = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def seconds(self) -> float:
+        """Up to now: reads may follow each other without a gap for as long as a model runs."""
+        with self._lock:
+            return self._ended + (time.perf_counter() - self._since if self._running else 0.0)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._running:
+                self._since = time.perf_counter()
+            self._running += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._running -= 1
+            if not self._running:
+                self._ended += time.perf_counter() - self._since
+
+
+@dataclass(eq=False, slots=True)
+class Account:
+    """One model's part in a scheduler. Units are known to ``client`` by their place in ``units``.
+
+    ``was_written`` is asked, under the ledger's lock, before a unit may be evicted; ``on_closed`` is called once, by
+    the thread that closes, when nothing of the account is read any more. ``closed`` is why it takes no more accesses;
+    ``gone`` is set when everything of it has been given back. ``depth``: how many units ahead, None for "auto".
+    ``least_bytes`` must be in memory at one moment; ``most_bytes`` hold all of its weights.
+    """
+
+    client: UnitClient
+    files: FileTable
+    depth: int | None
+    least_bytes: int = 0
+    most_bytes: int = 0
+    window: Window = field(default_factory=lambda: Window(0, 0))
+    was_written: Callable[[int], bool] = lambda unit: False
+    on_closed: Callable[[], None] = lambda: None
+    counters: Counters = field(default_factory=Counters)
+    busy: BusyTime = field(default_factory=BusyTime)
+    units: list[UnitRecord] = field(default_factory=list)
+    order: tuple[int, ...] = ()
+    closed: BaseException | None = None
+    gone: threading.Event = field(default_factory=threading.Event)
+
+    def is_reading(self) -> bool:
+        """Whether any of its units is on its way."""
+        return any(record.state in (State.READING, State.STAGED) for record in self.units)
+
+    def end(self) -> None:
+        """Close its files and let the model's side go, once."""
+        self.files.close()
+        if not self.gone.is_set():
+            self.on_closed()
+        self.gone.set()
+
+
+@dataclass(eq=False, slots=True)
+class UnitRecord:
+    """What the scheduler knows of one unit. ``nbytes`` is the size of its slab, ``place`` that in its account."""
+
+    id: int
+    name: str
+    nbytes: int
+    account: Account
+    place: int
+    reader: UnitReader
+    state: State = State.ABSENT
+    leases: int = 0
+    ahead: bool = False  # fetched before its use, and not used since
+    stays: bool = False  # never evicted (written to in place, or for good)
+    slab: Slab | None = None
+    waiters: list[Waiter] = field(default_factory=list)

@@ -199,6 +199,18 @@ class SlabPool:
                 self.budget.release(reservation)
             return thing
 
+    def set_limit(self, limit_bytes: int) -> None:
+        """Change the budget, and unmap free slabs that a smaller one has no room for."""
+        with self._lock:
+            self.budget.set_limit(limit_bytes)
+            self._drain()
+            self._unmap_free(0)
+
+    def reopen(self) -> None:
+        """Use the pool again after ``close``."""
+        with self._lock:
+            self._closed = False
+
     def close(self) -> None:
         """Unmap every free slab; those in use follow when their last tensor dies."""
         with self._lock:

@@ -18,6 +18,7 @@ from odewei.scheduler.plan import Window
 from odewei.scheduler.prefetcher import PrefetchingDriver
 from odewei.scheduler.read_plan import Placement
 from odewei.scheduler.reader import FileTable, Job, Resized, tensors_over
+from odewei.scheduler.records import Account
 from odewei.scheduler.slabs import Bytes, SlabPool
 from odewei.scheduler.states import State
 
@@ -102,21 +103,22 @@ class Setup:
         self.reads: list[int] = []
         self.budget = Budget(limit)
         self.pool = SlabPool(self.budget)
-        self.ledger = Ledger(self.pool, Window(depth, limit))
+        self.ledger = Ledger(self.pool)
         self.units = [FakeUnit(unit, nbytes, self.reads) for unit, nbytes in enumerate(sizes)]
-        for unit in self.units:
-            self.ledger.add(f"unit{unit.unit}", unit.nbytes)
-        self.ledger.seed(range(len(sizes)))
         self.client = FakeClient()
         self.driver = self._make_driver(depth, num_readers)
+        self.account = Account(self.client, FileTable(direct=False, scratch_bytes=4096), depth)
+        assert self.driver.join(self.account, [(f"unit{unit.unit}", unit) for unit in self.units])
+        self.account.window = Window(depth, limit)
 
     def _make_driver(self, depth: int | None, num_readers: int) -> Driver:
-        files = FileTable(direct=False, scratch_bytes=4096)
         if depth == 0:
-            return SynchronousDriver(self.ledger, self.units, files, self.client)
-        return PrefetchingDriver(
-            self.ledger, self.units, files, self.client, num_readers=num_readers, name=f"test{id(self)}"
-        )
+            return SynchronousDriver(self.ledger)
+        return PrefetchingDriver(self.ledger, num_readers=num_readers, name=f"test{id(self)}")
+
+    def seed(self, order: Sequence[int]) -> None:
+        """Expect the units in this order."""
+        self.ledger.seed(self.account, order)
 
     def enter(self, unit: int) -> None:
         """Enter a unit as a forward does, and look whether it is there. The lease belongs to the caller's frame."""
@@ -131,10 +133,10 @@ class Setup:
 
     def run_pass(self, order: Sequence[int] | None = None) -> None:
         """One forward pass over the units."""
-        self.ledger.enter_pass(sys._getframe())
+        self.ledger.enter_pass(self.account, sys._getframe())
         for unit in range(len(self.units)) if order is None else order:
             self.visit(unit)
-        self.ledger.leave_pass()
+        self.ledger.leave_pass(self.account)
 
     @property
     def resident_bytes(self) -> int:
@@ -146,7 +148,7 @@ class Setup:
         while (decision := self.ledger.next_decision()) is not None:
             slab = self.driver._make_room(decision)
             if slab is not None:
-                self.driver._read(decision.fetch, slab)
+                self.driver._read(self.ledger.units[decision.fetch], slab)
 
     def check(self) -> None:
         """Everything adds up."""

@@ -18,7 +18,7 @@ def test_accesses_are_counted() -> None:
     setup = Setup([4096] * 4, 3 * 4096)
     setup.run_pass()
     setup.run_pass()
-    counters = setup.ledger.counters
+    counters = setup.account.counters
     assert (counters.passes, counters.accesses, counters.hits, counters.stalls) == (2, 8, 3, 5)
     assert (counters.units_read, counters.bytes_read, counters.evictions) == (5, 5 * 4096, 2)
     assert counters.mispredictions == 0
@@ -29,12 +29,12 @@ def test_a_pass_within_a_pass_is_one() -> None:
     """Only the outermost call of a model is counted, and it returns what inner ones left behind."""
     setup = Setup([64] * 2, 128)
     for _ in range(2):
-        setup.ledger.enter_pass(running_frame())
+        setup.ledger.enter_pass(setup.account, running_frame())
     setup.driver.enter(0, running_frame())
-    setup.ledger.leave_pass()
-    assert (setup.ledger.leases(), setup.ledger.counters.passes) == (0, 0)
-    setup.ledger.leave_pass()
-    assert setup.ledger.counters.passes == 1
+    setup.ledger.leave_pass(setup.account)
+    assert (setup.ledger.leases(), setup.account.counters.passes) == (0, 0)
+    setup.ledger.leave_pass(setup.account)
+    assert setup.account.counters.passes == 1
 
 
 def test_leases_of_ended_threads_are_returned() -> None:
@@ -115,7 +115,7 @@ def test_a_unit_that_needs_other_room_gets_it() -> None:
 def test_what_leaves_for_a_unit_that_had_failed_is_fetched_again() -> None:
     """A victim that is needed before the point up to which nothing was missing is not passed over."""
     setup = Setup([4096] * 4, 3 * 4096)
-    setup.ledger.window = Window(2, 3 * 4096)
+    setup.account.window = Window(2, 3 * 4096)
     setup.units[3].fault = lambda: ValueError("the disk is on fire")
     for unit in range(3):
         setup.visit(unit)
@@ -123,20 +123,20 @@ def test_what_leaves_for_a_unit_that_had_failed_is_fetched_again() -> None:
     setup.units[3].fault = None
     setup.visit(3)  # 2 leaves for it
     setup.prefetch()
-    hits = setup.ledger.counters.hits
+    hits = setup.account.counters.hits
     for unit in range(3):
         setup.visit(unit)
         setup.prefetch()
-    assert setup.ledger.counters.hits - hits == 3
+    assert setup.account.counters.hits - hits == 3
 
 
 def test_a_kept_tensor_does_not_end_prefetching() -> None:
     """A user who holds one tensor takes its room, not the hits of every pass from then on."""
     setup = Setup([4096] * 8, 4 * 4096)
-    setup.ledger.window = Window(1, 4 * 4096)
+    setup.account.window = Window(1, 4 * 4096)
     kept = []
     for _ in range(4):
-        hits = setup.ledger.counters.hits
+        hits = setup.account.counters.hits
         for unit in range(8):
             setup.enter(unit)
             setup.prefetch()
@@ -145,7 +145,7 @@ def test_a_kept_tensor_does_not_end_prefetching() -> None:
             setup.driver.leave(unit)
             setup.prefetch()
     assert setup.budget.overdrafts == 0
-    assert setup.ledger.counters.hits - hits == 8
+    assert setup.account.counters.hits - hits == 8
 
 
 class _Garbage:
@@ -165,7 +165,7 @@ def test_a_model_may_be_collected_at_any_moment() -> None:
         gc.collect()
         return False
 
-    setup.ledger.was_written = collected_here
+    setup.account.was_written = collected_here
     del garbage
     error = Forward(setup.run_pass).join(patience=1.0)
     assert error is None or isinstance(error, ClosedError)

@@ -29,9 +29,9 @@ class LedgerMachine(RuleBasedStateMachine):
     )
     def make(self, limit: int, order: list[int], depth: int) -> None:
         self.setup = Setup(SIZES, limit)
-        self.setup.ledger.window = Window(depth, limit)
-        self.setup.ledger.seed(order)
-        self.setup.ledger.was_written = lambda unit: unit in self.written
+        self.setup.account.window = Window(depth, limit)
+        self.setup.seed(order)
+        self.setup.account.was_written = lambda unit: unit in self.written
         self.leases: list[tuple[int, bool]] = []  # unit, and whether its frame has ended
         self.written: set[int] = set()
         self.kept: list[tuple[int, torch.Tensor]] = []
@@ -124,14 +124,16 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(order=st.permutations(range(len(SIZES))))
     def seed(self, order: list[int]) -> None:
-        self.setup.ledger.seed(order)
+        self.setup.seed(order)
 
     @invariant()
     def everything_adds_up(self) -> None:
         setup = self.setup
         setup.check()
         assert setup.ledger.leases() == len(self.leases)
-        assert setup.client.bound.keys() == {unit.id for unit in setup.ledger.units if unit.state is State.RESIDENT}
+        assert setup.client.bound.keys() == {
+            unit.id for unit in setup.ledger.units.values() if unit.state is State.RESIDENT
+        }
         assert {unit for unit, _ in self.leases} <= setup.client.bound.keys()
         assert self.written <= setup.client.bound.keys(), "a unit that was written to has left"
         assert not setup.ledger._demanded
@@ -145,7 +147,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_missing_is_passed_over(self) -> None:
         ledger = self.setup.ledger
-        absent = [unit.id for unit in ledger.units if unit.state is State.ABSENT]
+        absent = [unit.id for unit in ledger.units.values() if unit.state is State.ABSENT]
         found = ledger.outlook.first_missing(absent.__contains__)
         nearest = min(map(ledger.outlook.next_use, absent), default=NEVER)
         assert (NEVER if found is None else found[1]) == nearest

@@ -61,7 +61,7 @@ def end_by_force(driver: PrefetchingDriver) -> None:
 
 def test_the_first_units_are_read_before_anybody_enters() -> None:
     """In the order of the seed, as many as the window is deep, and no more until one is used."""
-    with started([PAGE] * 6, 6 * PAGE, lambda setup: setup.ledger.seed([3, 1, 5, 0, 2, 4]), depth=2) as setup:
+    with started([PAGE] * 6, 6 * PAGE, lambda setup: setup.seed([3, 1, 5, 0, 2, 4]), depth=2) as setup:
         setup.client.wait_until_bound(3, 1)
         assert setup.reads == [3, 1]
         setup.visit(3)
@@ -77,10 +77,10 @@ def test_reading_goes_on_while_a_forward_computes() -> None:
         let_go(setup, 1)
         setup.client.wait_until_bound(1)  # the forward is still inside unit 0
         setup.driver.leave(0)
-        hits = setup.ledger.counters.hits
+        hits = setup.account.counters.hits
         setup.visit(1)
-        assert setup.ledger.counters.hits == hits + 1
-        assert setup.ledger.counters.stalls <= 1
+        assert setup.account.counters.hits == hits + 1
+        assert setup.account.counters.stalls <= 1
 
 
 def test_a_forward_waits_for_its_own_unit_only() -> None:
@@ -89,11 +89,11 @@ def test_a_forward_waits_for_its_own_unit_only() -> None:
         setup.visit(0)
         wait_started(setup, 1)
         setup.visit(0)
-        stalls = setup.ledger.counters.stalls
+        stalls = setup.account.counters.stalls
         forward = Forward(lambda: setup.visit(1))
         let_go(setup, 1)
         assert forward.join() is None
-        assert setup.ledger.counters.stalls <= stalls + 1
+        assert setup.account.counters.stalls <= stalls + 1
 
 
 def test_what_a_forward_waits_for_is_read_first() -> None:
@@ -101,7 +101,7 @@ def test_what_a_forward_waits_for_is_read_first() -> None:
     with started([PAGE] * 6, 6 * PAGE, gate(0), depth=3) as setup:
         wait_started(setup, 0)  # 1 and 2 are queued behind it
         forward = Forward(lambda: setup.visit(5))
-        while not any(queued.unit == 5 for queued in list(setup.driver._queue)):
+        while 5 not in setup.driver._queue._batches:
             assert forward._thread.is_alive()
         let_go(setup, 0)
         assert forward.join() is None
@@ -245,7 +245,7 @@ def test_a_reader_must_not_use_the_model_that_it_reads_for() -> None:
 
     setup = Setup([PAGE] * 2, 2 * PAGE, depth=1)
     setup.units[0].fault = use_the_model
-    setup.ledger.seed([0])
+    setup.seed([0])
     setup.driver.start()
     error = Forward(lambda: setup.visit(0)).join()
     setup.driver.close()
@@ -278,9 +278,9 @@ def test_files_are_opened_and_read_in_reader_threads(tmp_path: Path, exists: boo
     setup = Setup([plan.nbytes], plan.nbytes, depth=1)
     unit = PlannedUnit(plan, None)  # type: ignore[arg-type]
     files = FileTable(direct=True, scratch_bytes=4 * PAGE)
-    driver = PrefetchingDriver(setup.ledger, [unit], files, setup.client, num_readers=2, name="files")
-    setup.driver.close()
-    setup.ledger._closed = None  # the setup's own driver was not wanted
+    driver = setup.driver
+    setup.account.files = files
+    setup.ledger.units[0].reader = unit
     aside = path.with_suffix(".aside")
     if not exists:
         path.rename(aside)
@@ -293,7 +293,7 @@ def test_files_are_opened_and_read_in_reader_threads(tmp_path: Path, exists: boo
             aside.rename(path)
         driver.enter(0, running_frame())
         assert bytes(setup.client.bound[0]["w"].numpy()) == path.read_bytes()[256 : 256 + PAGE]
-        assert PAGE <= setup.ledger.counters.bytes_read <= 3 * PAGE
+        assert PAGE <= setup.account.counters.bytes_read <= 3 * PAGE
     finally:
         driver.close()
     assert not files._open

@@ -1,0 +1,115 @@
+"""A budget for the weights of one model or of several, and the scheduler that serves them under it.
+
+Knows the scheduler's parts and puts them together. Knows nothing of modules.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Sequence
+
+from odewei.errors import OptionsError
+from odewei.scheduler.budget import Budget, format_nbytes, parse_nbytes
+from odewei.scheduler.drivers import Driver, SynchronousDriver
+from odewei.scheduler.ledger import Ledger
+from odewei.scheduler.machine import AutoLimit
+from odewei.scheduler.prefetcher import PrefetchingDriver
+from odewei.scheduler.reader import UnitReader
+from odewei.scheduler.records import Account
+from odewei.scheduler.slabs import SlabPool
+
+__all__ = ["MemoryBudget"]
+
+_numbers = itertools.count(1)
+
+
+class MemoryBudget:
+    """Bytes of weights in memory at once, in flight included, for all models that are given it.
+
+    Give one object to several models, ``memory_budget=odewei.MemoryBudget("8GiB")``, and they run as one history: a
+    text encoder, a U-Net that loops and a decoder, say. What is needed next gets the memory, whichever model it is in.
+    One thread and ``num_readers`` reader threads serve them all. They end when the last model is closed; the object
+    can be used again. Models are expected to run in the order in which they were built, until they have run once.
+
+    ``nbytes`` is an int, text such as "6GiB", or "auto": what the machine and the process's limits can spare, looked
+    at again while the models run. Methods may be called from any thread. Raises OptionsError for what cannot work.
+    """
+
+    def __init__(self, nbytes: int | str = "auto", *, num_readers: int = 4) -> None:
+        if isinstance(num_readers, bool) or not isinstance(num_readers, int) or num_readers < 1:
+            raise OptionsError(f"num_readers={num_readers!r} cannot work", cure="Use at least 1; 4 suits most disks")
+        limit = _limit(nbytes)
+        self._auto = AutoLimit() if limit is None else None
+        self._pool = SlabPool(Budget(1 if limit is None else limit))
+        self._num_readers = num_readers
+        self._driver: Driver | None = None
+        self._lock = threading.Lock()  # no finalizer takes it
+        self._process = os.getpid()
+
+    @property
+    def limit_bytes(self) -> int:
+        """The budget. For "auto", what it is at the moment; 1 before the first model."""
+        return self._pool.budget.limit_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """What is reserved now, reads in flight and slabs kept for reuse included."""
+        return self._pool.budget.used_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that ever was."""
+        return self._pool.budget.peak_bytes
+
+    @property
+    def pool(self) -> SlabPool:
+        """For the runtime of a model."""
+        return self._pool
+
+    def expect(self, weight_bytes: int) -> int:
+        """A model with so many bytes of weights is about to join. The budget in bytes. For the runtime of a model."""
+        if os.getpid() != self._process:
+            raise OptionsError("this MemoryBudget was made in another process", cure="Make one in the forked child")
+        with self._lock:
+            if self._auto is not None:
+                others = [] if self._driver is None else list(self._driver.ledger.accounts)
+                most = weight_bytes + sum(account.most_bytes for account in others)
+                self._pool.set_limit(max(1, min(most, self._auto.fitting(self._pool.budget.used_bytes))))
+            return self.limit_bytes
+
+    def join(self, account: Account, units: Sequence[tuple[str, UnitReader]], *, synchronous: bool) -> Driver:
+        """Have a model served; the driver that does it, not started. ``synchronous``: without any thread, and alone.
+
+        For the runtime of a model.
+        """
+        with self._lock:
+            while self._driver is None or not self._driver.join(account, units):
+                if self._driver is not None:
+                    self._driver.close()  # it has ended with its last model; wait for its thread
+                self._pool.reopen()
+                self._driver = self._make_driver(synchronous)
+            return self._driver
+
+    def _make_driver(self, synchronous: bool) -> Driver:
+        ledger = Ledger(self._pool, self._auto)
+        if synchronous:
+            return SynchronousDriver(ledger)
+        return PrefetchingDriver(ledger, num_readers=self._num_readers, name=str(next(_numbers)))
+
+    def __repr__(self) -> str:
+        models = 0 if self._driver is None else len(self._driver.ledger.accounts)
+        auto = ' ("auto")' if self._auto is not None else ""
+        limit, used = format_nbytes(self.limit_bytes), format_nbytes(self.used_bytes)
+        return f"<MemoryBudget of {limit}{auto}, {used} used by {models} models>"
+
+
+def _limit(nbytes: int | str) -> int | None:
+    """Bytes; None for "auto"."""
+    if nbytes == "auto":
+        return None
+    found = parse_nbytes(nbytes) if isinstance(nbytes, str) else nbytes
+    if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
+        raise OptionsError(f"memory_budget={nbytes!r} cannot work", cure='Use bytes, "6GiB" or "auto"')
+    return found
