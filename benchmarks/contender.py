@@ -4,9 +4,11 @@ Enters its control groups before it imports anything large. Then it answers requ
 standard input and output; what libraries print goes to standard error. Ends when its input ends.
 
 - ``{"do": "read", "files": [...]}``: seconds and bytes of a plain read. Knows no model.
-- ``{"do": "start", "contender": ..., "folder": ..., "scratch": ..., "keywords": {...}, "tokens": n}``: build the model,
-  make one pass; seconds of both. Imports are not counted.
+- ``{"do": "prepare", "contender": ..., "folder": ..., "scratch": ..., "keywords": {...}}``: imports, which no time counts.
+- ``{"do": "start", "tokens": n}``: build the model, make one pass; seconds of both.
 - ``{"do": "pass", "tokens": n, "uncounted": n, "counted": n}``: passes in a row, nothing between them.
+- ``{"do": "pair", "folder": ..., "budget_bytes": n}`` and ``{"do": "pair_pass", "tokens": n, "counted": n}``: odewei with
+  room for everything and the resident model in one process, by turns.
 - ``{"do": "report"}``: what odewei says of itself.
 """
 
@@ -31,7 +33,9 @@ class _Contender:
 
     def __init__(self) -> None:
         self._reader: Any = None
+        self._make: Any = None
         self._model: Any = None
+        self._pair: dict[str, Any] = {}
         self._is_odewei = False
 
     def read(self, files: list[str], tries: int) -> dict[str, Any]:
@@ -41,23 +45,48 @@ class _Contender:
             self._reader = PlainReader([Path(file) for file in files], tries)
         return {"seconds": self._reader.read(), "nbytes": self._reader.nbytes, "direct": self._reader.direct}
 
-    def start(self, contender: str, folder: str, scratch: str, keywords: dict[str, Any], tokens: int) -> dict[str, Any]:
-        import torch
-
+    def prepare(self, contender: str, folder: str, scratch: str, keywords: dict[str, Any]) -> dict[str, Any]:
         from benchmarks.peers import CONTENDERS, Job
 
-        make = CONTENDERS[contender](Job(folder=Path(folder), scratch=Path(scratch), keywords=keywords))
+        self._make = CONTENDERS[contender](Job(folder=Path(folder), scratch=Path(scratch), keywords=keywords))
         self._is_odewei = contender == "odewei"
+        return {}
+
+    def start(self, tokens: int) -> dict[str, Any]:
+        import torch
+
         started = time.perf_counter()
-        self._model = make()
+        self._model = self._make()
         built = time.perf_counter()
-        self._forward(tokens)
+        logits = self._forward(tokens)
         ended = time.perf_counter()
         return {
             "build_seconds": built - started,
             "first_seconds": ended - started,
+            "bits": [_bits(logits)],
             "threads": torch.get_num_threads(),
         }
+
+    def pair(self, folder: str, budget_bytes: int) -> dict[str, Any]:
+        from benchmarks.peers import CONTENDERS, Job
+
+        job = Job(folder=Path(folder), scratch=Path(folder), keywords={"memory_budget": budget_bytes})
+        self._pair = {name: CONTENDERS[name](job)() for name in ("odewei", "resident")}
+        return {}
+
+    def pair_pass(self, tokens: int, counted: int) -> dict[str, Any]:
+        """Two passes that are not counted, then ``counted`` pairs; who goes first alternates."""
+        seconds: dict[str, list[float]] = {name: [] for name in self._pair}
+        bits: dict[str, set[str]] = {name: set() for name in self._pair}
+        for index in range(counted + 2):
+            for name in sorted(self._pair, reverse=index % 2 == 1):
+                self._model = self._pair[name]
+                started = time.perf_counter()
+                logits = self._forward(tokens)
+                if index >= 2:
+                    seconds[name].append(time.perf_counter() - started)
+                bits[name].add(_bits(logits))
+        return {"seconds": seconds, "bits": {name: sorted(found) for name, found in bits.items()}}
 
     def run(self, tokens: int, uncounted: int, counted: int) -> dict[str, Any]:
         outputs = [self._forward(tokens) for _ in range(uncounted)][-1:]
@@ -134,7 +163,15 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     contender = _Contender()
-    requests = {"read": contender.read, "start": contender.start, "pass": contender.run, "report": contender.report}
+    requests = {
+        "read": contender.read,
+        "prepare": contender.prepare,
+        "start": contender.start,
+        "pass": contender.run,
+        "pair": contender.pair,
+        "pair_pass": contender.pair_pass,
+        "report": contender.report,
+    }
     for line in sys.stdin:
         request = json.loads(line)
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["PlainReader", "device_of", "device_name", "drop_page_cache"]
+__all__ = ["PlainReader", "device_name", "device_of", "drop_page_cache"]
 
 _CHUNK = 32 << 20
 _READERS = 4
@@ -89,7 +89,8 @@ def _read_all(descriptors: dict[Path, int], buffers: Sequence[memoryview]) -> in
 
 def _huge_buffers() -> list[memoryview]:
     """Buffers on huge pages that have been touched, so that reading is as fast as the machine allows."""
-    memory = mmap.mmap(-1, _READERS * _CHUNK + _HUGE)
+    # Private: Python's default is shared memory, which never gets huge pages.
+    memory = mmap.mmap(-1, _READERS * _CHUNK + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
     memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % _HUGE

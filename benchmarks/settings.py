@@ -39,6 +39,7 @@ class Settings:
     peers: tuple[str, ...]
     sweep_peers: tuple[str, ...]
     throttle_bytes: int | None
+    disk_bytes: int
     folder: Path
     results: Path
 
@@ -61,6 +62,11 @@ class Settings:
     def checkpoint(self) -> Path:
         """Where the checkpoint is or will be."""
         return self.folder / self.shape.name
+
+    @property
+    def needs_disk_again(self) -> frozenset[str]:
+        """Peers that write every weight once more, and for which ``disk_bytes`` is too little."""
+        return frozenset({"airllm", "accelerate-dat"} if 2 * self.weight_bytes > self.disk_bytes else ())
 
     def sweep_budget_bytes(self, percent: int) -> int:
         """The budget that is ``percent`` per cent of the weights."""
@@ -89,6 +95,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         peers=options.peers,
         sweep_peers=tuple(peer for peer in options.sweep_peers if peer in options.peers),
         throttle_bytes=options.throttle,
+        disk_bytes=options.disk,
         folder=options.folder.absolute(),
         results=options.results,
     )
@@ -110,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers", type=_peers, default=",".join(DEFAULT_PEERS), help=f"of {', '.join(PEERS)} (default: %(default)s)")
     add("--sweep-peers", type=_peers, default="accelerate", help="peers to run under the largest of the budgets too")
     add("--throttle", type=_nbytes, help="bytes a second that the disk may deliver (default: no limit)")
+    add(
+        "--disk",
+        type=_nbytes,
+        default="6GB",
+        help="the most disk to use; AirLLM needs two checkpoints' (default: %(default)s)",
+    )
     add("--folder", type=Path, default=default_cache_dir(), help="where the checkpoint is kept (default: %(default)s)")
     add("--results", type=Path, default=_FOLDER, help="where the report goes")
     return parser
