@@ -1,4 +1,4 @@
-"""``make bench``: every way to run a model whose weights do not fit, on one checkpoint, under one memory limit, in one run.
+"""``make bench``: every way to run a model whose weights do not fit: one checkpoint, one memory limit, one run.
 
 How a run goes: :mod:`benchmarks.runner` starts each contender (:mod:`benchmarks.peers`) as a process of its own
 (:mod:`benchmarks.contender`, :mod:`benchmarks.process`) inside a control group (:mod:`benchmarks.cgroup`), and reads

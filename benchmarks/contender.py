@@ -4,11 +4,12 @@ Enters its control groups before it imports anything large. Then it answers requ
 standard input and output; what libraries print goes to standard error. Ends when its input ends.
 
 - ``{"do": "read", "files": [...]}``: seconds and bytes of a plain read. Knows no model.
-- ``{"do": "prepare", "contender": ..., "folder": ..., "scratch": ..., "keywords": {...}}``: imports, which no time counts.
+- ``{"do": "prepare", "contender": ..., "folder": ..., "scratch": ..., "keywords": {...}}``: imports, which no time
+  counts.
 - ``{"do": "start", "tokens": n}``: build the model, make one pass; seconds of both.
 - ``{"do": "pass", "tokens": n, "uncounted": n, "counted": n}``: passes in a row, nothing between them.
-- ``{"do": "pair", "folder": ..., "budget_bytes": n}`` and ``{"do": "pair_pass", "tokens": n, "counted": n}``: odewei with
-  room for everything and the resident model in one process, by turns.
+- ``{"do": "pair", "folder": ..., "budget_bytes": n}`` and ``{"do": "pair_pass", "tokens": n, "counted": n}``: odewei
+  with room for everything and the resident model in one process, by turns.
 - ``{"do": "report"}``: what odewei says of itself.
 """
 
@@ -16,12 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ class _Contender:
 
     def __init__(self) -> None:
         self._reader: Any = None
-        self._make: Any = None
+        self._make: Callable[[], Any] | None = None
         self._model: Any = None
         self._pair: dict[str, Any] = {}
         self._is_odewei = False
@@ -55,6 +58,7 @@ class _Contender:
     def start(self, tokens: int) -> dict[str, Any]:
         import torch
 
+        assert self._make is not None, "prepare comes first"
         started = time.perf_counter()
         self._model = self._make()
         built = time.perf_counter()
@@ -139,7 +143,7 @@ class _Contender:
 
 
 def _differences(values: list[int]) -> list[int]:
-    return [after - before for before, after in zip(values[:-1], values[1:], strict=True)]
+    return [after - before for before, after in itertools.pairwise(values)]
 
 
 def _bits(logits: Any) -> str:

@@ -92,7 +92,8 @@ def started(group: Group) -> Iterator[Process]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Let it leave by itself, which odewei's threads deserve; kill it where that takes long."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
     try:

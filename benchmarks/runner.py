@@ -7,6 +7,7 @@ plain read and odewei before it and after it.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -274,7 +275,7 @@ class _Trio:
                 if index:
                     found[name].append(answer)
             widths.append(runner._bandwidth())
-        bandwidths = [statistics.fmean(pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
+        bandwidths = [statistics.fmean(pair) for pair in itertools.pairwise(widths)]
         for name, process in self.processes.items():
             answers = found[name]
             which = "disk_bytes" if name == "resident" else "read_bytes"

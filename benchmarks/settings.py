@@ -104,7 +104,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure odewei and its peers in one run, and write benchmarks/results/DATE-HOST.md, .json and .png.",
+        description="Measure odewei and its peers in one run; writes benchmarks/results/DATE-HOST.md, .json, .png.",
         epilog="Sizes are bytes, or text such as 4.15GB or 6GiB. Lists are separated by commas; '' is an empty one.",
     )
     add = parser.add_argument

@@ -27,7 +27,7 @@ _TIMES = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One promise. ``value`` None: not measured. ``at_most``: whether ``bar`` is an upper one. ``bar`` None: no promise."""
+    """One promise. ``value`` None: not measured. ``at_most``: ``bar`` is an upper one. ``bar`` None: no promise."""
 
     what: str
     value: float | None
