@@ -87,8 +87,8 @@ def _limits(settings: Settings) -> tuple[Limits, list[str]]:
         if settings.throttle_bytes is not None:
             raise SystemExit(f"--throttle: {error}") from error
         notes.append(
-            f"**The memory limit could not be set ({error}): the page cache was NOT limited.** Whoever reads through it "
-            "(every peer) may have been faster than under a limit; odewei's budget was set by number."
+            f"**The memory limit could not be set ({error}): the page cache was NOT limited.** Whoever reads through "
+            "it (every peer) may have been faster than under a limit; odewei's budget was set by number."
         )
     return Limits(memory, io, device, settings.throttle_bytes), notes
 

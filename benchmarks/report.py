@@ -109,7 +109,8 @@ def _how(record: Record) -> str:
         f"{record.passes} are (AirLLM: at most 3, for they are long). It is compared with odewei's passes right before "
         "and right after it.",
         f"The bound on bytes is weights − budget + unit × ({AUTO_WINDOW_UNITS} + 1): a unit is "
-        f'{record.unit_bytes / 1e6:.0f} MB, and the window of prefetch_depth="auto" is taken as {AUTO_WINDOW_UNITS} units.',
+        f'{record.unit_bytes / 1e6:.0f} MB, and the window of prefetch_depth="auto" is taken as '
+        f"{AUTO_WINDOW_UNITS} units.",
         "The cold start is measured in fresh processes after their imports; its bar is the checkpoint's bytes at the "
         f"plain read's bandwidth and the computing of the last layer (its share of the weights{last}).",
         "Everything fits: odewei and the resident model by turns in one process, the median of the ratios of pairs.",

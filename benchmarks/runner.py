@@ -31,7 +31,7 @@ _STREAMED_PASSES = 2  # of odewei, in a row and counted, after one that is not
 
 
 class Runner:
-    """One run. ``rows``, ``notes`` and ``reports`` fill while :meth:`run` goes on; ``say`` gets a line for each step."""
+    """One run. ``rows``, ``notes`` and ``reports`` fill while :meth:`run` goes on; ``say`` gets a line a step."""
 
     def __init__(self, settings: Settings, limits: Limits, say: Callable[[str], None]) -> None:
         self._settings, self._limits, self._say = settings, limits, say
