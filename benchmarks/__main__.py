@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "transformers" not in _versions():
         print("make bench needs transformers: pip install 'odewei[bench]'", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that groups and processes are cleared away
     started = time.monotonic()
 
     def say(line: str) -> None:
