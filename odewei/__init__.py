@@ -21,7 +21,7 @@ from odewei.memory_budget import MemoryBudget
 from odewei.report import Report
 from odewei.runtime import find_runtime, runtime_of
 from odewei.torch import init_on_demand_weights_model
-from odewei.trace import Trace, trace
+from odewei.trace import Trace, load_trace, save_trace, trace
 
 __all__ = [
     "MemoryBudget",
@@ -30,9 +30,11 @@ __all__ = [
     "Trace",
     "close",
     "init_on_demand_weights_model",
+    "load_trace",
     "materialize",
     "open_checkpoint",
     "report",
+    "save_trace",
     "trace",
 ]
 

@@ -10,7 +10,7 @@
     │   ├── MissingWeightError               the model needs a weight that the checkpoint does not have
     │   └── WeightMismatchError              shape or dtype of a weight does not fit the model
     ├── ModelError                           the model cannot be built or used without its weights
-    │   └── TraceError                       a dry run without weights did not get through the model
+    │   └── TraceError                       the order of the layers cannot be found out, saved or used
     ├── WeightReadError                      reading a weight failed while the model ran; its cause is chained
     └── ClosedError                          the model was closed, or its scheduler thread has died
 
@@ -110,7 +110,7 @@ class ModelError(OdeweiError):
 
 
 class TraceError(ModelError):
-    """A dry run without weights did not get through the model."""
+    """The order of the layers cannot be found out by a dry run, or not be saved, or a saved one not be used."""
 
 
 class WeightReadError(OdeweiError):

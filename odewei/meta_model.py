@@ -32,9 +32,25 @@ _FACTORIES = frozenset(
 )
 
 _FILLS = frozenset(
-    getattr(torch.Tensor, name)
-    for name in ("normal_", "uniform_", "zero_", "fill_", "exponential_", "log_normal_", "bernoulli_", "random_")
-)
+    [
+        "bernoulli_",
+        "constant_",
+        "exponential_",
+        "fill_",
+        "kaiming_normal_",
+        "kaiming_uniform_",
+        "normal_",
+        "ones_",
+        "orthogonal_",
+        "random_",
+        "trunc_normal_",
+        "uniform_",
+        "xavier_normal_",
+        "xavier_uniform_",
+        "zero_",
+        "zeros_",
+    ]
+)  # names, because libraries put functions of their own in the place of those in torch.nn.init
 
 
 def build_without_weights(model_fn: Callable[[], nn.Module]) -> nn.Module:
@@ -97,7 +113,7 @@ class _LargeFactoriesToMeta(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _FILLS or getattr(func, "__module__", None) == "torch.nn.init":
+        if getattr(func, "__name__", None) in _FILLS:
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 return tensor  # there is nothing to fill, and torch would take its time to do so

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from odewei.binding import Binder
-from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError
+from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError, TraceError
 from odewei.guards import guard, unguard
 from odewei.hooks import hook_pass, hook_unit
 from odewei.loaders.base import WeightInfo, WeightsLoader
@@ -31,9 +33,13 @@ from odewei.scheduler.drivers import was_closed
 from odewei.scheduler.read_plan import ReadSettings, UnitReadPlan, Wanted
 from odewei.scheduler.reader import FileTable, PlannedUnit, UnitReader
 from odewei.scheduler.records import Account
+from odewei.scheduler.rows import RowCounters, RowTable
 from odewei.scheduler.slabs import PAGE, round_up
-from odewei.survey import Weight, survey
-from odewei.units import Unit, partition, smallest_budget
+from odewei.survey import Weight, survey, walk
+from odewei.tables import cache_shares, find_tables, table_place
+from odewei.trace_file import read_trace, trace_path
+from odewei.trace_map import units_entered
+from odewei.units import Unit, hooked_modules, partition, smallest_budget
 
 __all__ = ["Runtime", "find_runtime", "runtime_of"]
 
@@ -79,10 +85,15 @@ class Runtime:
         self._pool = self.budget.pool
         most_bytes = _with_slack(self._weight_bytes, len(weights))
         limit_bytes = self.budget.expect(most_bytes)
-        self.units = partition(model, weights, sizes, limit_bytes // _FAIR_SHARE, options.granularity)
+        tables = find_tables(model, weights, infos)
+        others = [weight for weight in weights if weight not in tables]
+        self.units = partition(model, others, sizes, limit_bytes // _FAIR_SHARE, options.granularity)
+        self._ahead = len(self.units)  # those that are read ahead; the tables' follow, with no module hooked
+        self.units += [Unit(table.name, (table,), ()) for table in tables]
         self._direct = options.resolve_direct(self._weight_bytes, limit_bytes)
         readers = [self._reader(unit, infos, sizes) for unit in self.units]
         least_bytes = self._least_bytes(readers)
+        self.tables = self._tables(infos, readers, least_bytes)
         self.binder = self._bind(model, infos)
         self.account = Account(
             self.binder,
@@ -90,13 +101,19 @@ class Runtime:
             options.depth,
             least_bytes,
             most_bytes,
+            sum(table.cache_bytes for table in self.tables.values()),
+            self._ahead,
             was_written=_WarnOnce(self.binder, self.units),
-            on_closed=functools.partial(_let_go, self.binder, source),
+            on_closed=functools.partial(_let_go, self.binder, self.tables.values(), source),
         )
         named = [(unit.name, reader) for unit, reader in zip(self.units, readers, strict=True)]
+        for table in self.tables.values():
+            table.busy = self.account.busy
         self.driver = self.budget.join(self.account, named, synchronous=options.depth == 0 and not options.shares)
         self.binder.connect(self._access, self._leave)
         self._hook(model, infos)
+        self.order: tuple[str, ...] | None = None  # the modules that a pass enters, where that was found out before it
+        self._expect_saved_order(model)
         _runtimes[model] = self
         self._finalizer = weakref.finalize(model, self.driver.leave_for_good, self.account)
         self.driver.start()
@@ -107,6 +124,7 @@ class Runtime:
     def report(self) -> Report:
         """What happened so far."""
         counters, budget = self.account.counters, self._pool.budget
+        rows = RowCounters.total(self.tables.values())
         return Report(
             weight_bytes=self._weight_bytes,
             units=len(self.units),
@@ -119,22 +137,49 @@ class Runtime:
             hits=counters.hits,
             mispredictions=counters.mispredictions,
             evictions=counters.evictions,
-            bytes_read=counters.bytes_read,
+            bytes_read=counters.bytes_read + rows.bytes_read,
             read_seconds=self.account.busy.seconds,
-            compute_seconds=max(0.0, counters.inside_seconds - counters.stall_seconds),
-            stalls=counters.stalls,
-            stall_seconds=counters.stall_seconds,
+            compute_seconds=max(0.0, counters.inside_seconds - counters.stall_seconds - rows.seconds),
+            stalls=counters.stalls + rows.stalls,
+            stall_seconds=counters.stall_seconds + rows.seconds,
             overdrafts=budget.overdrafts,
             worst_overdraft_bytes=budget.worst_overdraft_bytes,
             escapes=self._pool.escapes,
             prefetch_depth=self.options.depth,
             direct_io=self._direct,
+            rows_looked_up=rows.looked_up,
+            rows_read=rows.read,
+            row_cache_bytes=sum(table.cache_bytes for table in self.tables.values()),
         )
 
-    def seed(self, units: Sequence[int]) -> None:
-        """Expect the units to be entered in this order."""
+    def expect(self, model: nn.Module, order: Sequence[str]) -> tuple[int, ...]:
+        """Expect passes to enter these modules in this order. Returns the units that this uses.
+
+        Raises TraceError if they are not modules of the model, or no unit hangs on them.
+        """
+        known = {name for name, _, _ in walk(model)}
+        try:
+            strange = next((name for name in order if name not in known), None)
+            if strange is not None:
+                raise ValueError(f"the model has no module {strange[:200]!r}")
+            units = units_entered(order, self.units)
+            if not units:
+                raise ValueError("no weights hang on its modules")
+        except ValueError as error:
+            raise TraceError(
+                f"the order of layers does not fit the model: {error}",
+                module=type(model).__name__,
+                cure="Save it with odewei.save_trace from a model of the same class and configuration",
+            ) from error
         self.driver.ledger.seed(self.account, units)
         self.driver.poke()
+        self.order = tuple(order)
+        return tuple(units)
+
+    @property
+    def trace_path(self) -> Path | None:
+        """Where the order of the layers is kept, beside the checkpoint; None if that is in no file."""
+        return None if self._source.place is None else trace_path(self._source.place)
 
     def close(self) -> None:
         """Stop threads and close files, now. The model's weights can no longer be used. May be called twice."""
@@ -160,11 +205,7 @@ class Runtime:
 
     def hooked_modules(self) -> Mapping[str, list[int]]:
         """The units that each hooked module takes leases of, by the module's name."""
-        found: dict[str, list[int]] = {}
-        for index, unit in enumerate(self.units):
-            for name in unit.hooked:
-                found.setdefault(name, []).append(index)
-        return found
+        return hooked_modules(self.units)
 
     # -- making ------------------------------------------------------------------------------------------------------
 
@@ -208,7 +249,7 @@ class Runtime:
         """The smallest budget that works. Raises BudgetTooSmallError if there is less."""
         needed = smallest_budget(self.units, [reader.nbytes for reader in readers])
         if needed > self.budget.limit_bytes:
-            largest = max(range(len(self.units)), key=lambda index: readers[index].nbytes)
+            largest = max(range(self._ahead), key=lambda index: readers[index].nbytes)
             size = format_nbytes(readers[largest].nbytes)
             raise BudgetTooSmallError(
                 f"the budget of {self.budget.limit_bytes} bytes ({format_nbytes(self.budget.limit_bytes)}) cannot hold "
@@ -219,6 +260,19 @@ class Runtime:
             )
         return needed
 
+    def _tables(
+        self, infos: Mapping[str, WeightInfo], readers: Sequence[UnitReader], least_bytes: int
+    ) -> dict[str, RowTable]:
+        """The tables that are only looked up, each with its part of the budget for hot rows."""
+        places = [
+            table_place(unit.weights[0], infos[unit.name], self._cast(infos[unit.name].dtype))
+            for unit in self.units[self._ahead :]
+        ]
+        everything = None if self.options.shares else sum(reader.nbytes for reader in readers)
+        sizes = {place.weight: place.nbytes for place in places}
+        shares = cache_shares(sizes, self.budget.limit_bytes, least_bytes, everything)
+        return {place.weight: RowTable(place, self._pool, shares[place.weight]) for place in places}
+
     def _bind(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> Binder:
         described = {
             weight.name: (
@@ -228,7 +282,7 @@ class Runtime:
             for unit in self.units
             for weight in unit.weights
         }
-        return Binder(model, [unit.weights for unit in self.units], described)
+        return Binder(model, [unit.weights for unit in self.units], described, self.tables)
 
     def _hook(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> None:
         modules = dict(model.named_modules())
@@ -239,6 +293,16 @@ class Runtime:
         dtypes = {self._cast(self._stored_dtype(weight, infos)) for unit in self.units for weight in unit.weights}
         for name in {"", *(use.module for unit in self.units for weight in unit.weights for use in weight.uses)}:
             guard(modules[name], dtypes)
+
+    def _expect_saved_order(self, model: nn.Module) -> None:
+        """Use the order that was saved beside the checkpoint, if there is one and it fits."""
+        path = self.trace_path
+        if path is None or not os.path.exists(path):
+            return
+        try:
+            self.expect(model, read_trace(path))
+        except TraceError as error:
+            _log.warning("the order of layers saved in %s is not used: %s", path, error)
 
     def _access(self, place: int) -> None:
         self.driver.enter(self._id(place), sys._getframe(1))
@@ -276,8 +340,10 @@ class _WarnOnce:
         return written
 
 
-def _let_go(binder: Binder, source: WeightsLoader | CallableLoader) -> None:
+def _let_go(binder: Binder, tables: Collection[RowTable], source: WeightsLoader | CallableLoader) -> None:
     binder.clear()
+    for table in tables:
+        table.close()
     source.close()
 
 

@@ -6,7 +6,7 @@ definition order is its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from odewei.errors import ModelError
 
-__all__ = ["Use", "Weight", "survey"]
+__all__ = ["Use", "Weight", "survey", "walk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,27 @@ class Weight:
         return tuple(use.name for use in self.uses[1:])
 
 
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """What ``model.named_modules()`` yields, in its order, each with the number of the module that holds it (-1: none).
+
+    Without a generator for each level above a module, which are what ``named_modules`` spends its time on.
+    """
+    seen: set[int] = set()
+    pending: list[tuple[str, nn.Module, int]] = [("", model, -1)]
+    number = 0
+    while pending:
+        name, module, _ = found = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield found
+        prefix = f"{name}." if name else ""
+        for local_name, child in reversed(module._modules.items()):
+            if child is not None and id(child) not in seen:
+                pending.append((prefix + local_name, child, number))
+        number += 1
+
+
 def survey(model: nn.Module) -> Sequence[Weight]:
     """The distinct parameters of a model in definition order. A module that appears twice counts under its first name.
 
@@ -58,7 +79,7 @@ def survey(model: nn.Module) -> Sequence[Weight]:
     """
     uses: dict[int, list[Use]] = {}
     parameters: dict[int, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module, _ in walk(model):
         for local_name, parameter in module._parameters.items():
             if parameter is not None:
                 _check_plain(parameter, prefix, local_name)

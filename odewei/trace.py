@@ -1,16 +1,18 @@
-"""A dry run: the order in which units are entered, found out without reading one weight.
+"""The order in which units are entered: found out by a dry run that reads no weight, kept, and used again.
 
-The model's forward runs with *fake* parameters, which have shape, dtype and device but no values. What is computed
-from inputs and buffers alone is computed for real (masks, positions); whatever a weight has touched is a fake again.
-Nothing else may use the model meanwhile. A forward that decides by values that depend on weights (routed experts on
-the host, early exits) cannot run like this; the first real pass then finds the order out.
+In a dry run the model's forward runs with *fake* parameters, which have shape, dtype and device but no values. What is
+computed from inputs and buffers alone is computed for real (masks, positions); whatever a weight has touched is a fake
+again. Nothing else may use the model meanwhile. A forward that decides by values that depend on weights (routed experts
+on the host, early exits) cannot run like this; the first real pass then finds the order out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from odewei.errors import TraceError
+from odewei.errors import OptionsError, TraceError
 from odewei.runtime import Runtime, runtime_of
+from odewei.trace_file import read_trace, write_trace
+from odewei.trace_map import holders, modules_entered, units_entered
 
-__all__ = ["Trace", "trace"]
+__all__ = ["Trace", "load_trace", "save_trace", "trace"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +42,8 @@ def trace(model: nn.Module, /, *args: object, **kwargs: object) -> Trace:
     forward needs values; the model works all the same.
     """
     runtime = runtime_of(model)
-    entered: list[int] = []
-    with torch.no_grad(), runtime.binder.suspended(), _without_weights(model, runtime, entered):
+    entered: list[str] = []
+    with torch.no_grad(), runtime.binder.suspended(), _without_weights(model, holders(runtime.units), entered):
         try:
             model.forward(*_copies(args), **_copies(kwargs))
         except Exception as error:
@@ -48,8 +52,70 @@ def trace(model: nn.Module, /, *args: object, **kwargs: object) -> Trace:
                 module=type(model).__name__,
                 cure="Leave trace() out: the first real pass finds the order out",
             ) from error
-    runtime.seed(entered)
-    return Trace(tuple(runtime.units[unit].name for unit in entered))
+    if not units_entered(entered, runtime.units):
+        return Trace(())  # all weights are used without the forward of their modules
+    return _expect(model, runtime, entered)
+
+
+def save_trace(model: nn.Module, path: str | os.PathLike[str] | None = None) -> Path:
+    """Keep the order of a streamed model's layers in a file, and return its path.
+
+    The order is that of the latest ``trace`` or ``load_trace`` (a file that was found beside the checkpoint counts as
+    loaded); without one, that of the passes so far. It fits the model whatever its budget and granularity; only one
+    that comes from passes is as coarse as the units were. ``path`` None: beside the checkpoint, where every later model
+    from it finds the order by itself. The file is small JSON, and replaced in one step.
+
+    Raises TraceError when the file cannot be written, or too few passes have shown no order yet; OptionsError when
+    ``path`` is None and the weights are in no file.
+    """
+    runtime = runtime_of(model)
+    chosen = _path(runtime, path)
+    write_trace(chosen, _recorded(model, runtime) if runtime.order is None else runtime.order)
+    return chosen
+
+
+def load_trace(model: nn.Module, path: str | os.PathLike[str] | None = None) -> Trace:
+    """Expect the next passes to go the way that ``save_trace`` kept. No weight is read.
+
+    ``path`` None: the file beside the checkpoint. Raises TraceError when there is no such file, or it is damaged or
+    does not fit the model; OptionsError when ``path`` is None and the weights are in no file.
+    """
+    runtime = runtime_of(model)
+    chosen = _path(runtime, path)
+    try:
+        return _expect(model, runtime, read_trace(chosen))
+    except TraceError as error:
+        raise TraceError(error.problem, module=error.module, file=str(chosen), cure=error.cure) from error
+
+
+def _expect(model: nn.Module, runtime: Runtime, order: Sequence[str]) -> Trace:
+    return Trace(tuple(runtime.units[unit].name for unit in runtime.expect(model, order)))
+
+
+def _path(runtime: Runtime, path: str | os.PathLike[str] | None) -> Path:
+    found = runtime.trace_path if path is None else Path(path)
+    if found is None:
+        raise OptionsError(
+            "there is no place beside the weights to keep the order of the layers, for they are in no file",
+            cure="Pass path=",
+        )
+    return found
+
+
+def _recorded(model: nn.Module, runtime: Runtime) -> list[str]:
+    """What the scheduler has seen. Raises TraceError before it knows: after a first pass that went another way than
+    definition order, what comes next is still a guess.
+    """
+    counters = runtime.account.counters
+    known = counters.passes > 1 or (counters.passes == 1 and not counters.mispredictions)
+    order = modules_entered(runtime.driver.ledger.recent_pass(runtime.account), runtime.units) if known else []
+    if not order:
+        raise TraceError(
+            "the order of the layers is not known yet",
+            module=type(model).__name__,
+            cure="Call odewei.trace(model, ...) with inputs of a pass, or run the model twice, and save it then",
+        )
+    return order
 
 
 def _copies(inputs: Any) -> Any:
@@ -57,8 +123,11 @@ def _copies(inputs: Any) -> Any:
 
 
 @contextmanager
-def _without_weights(model: nn.Module, runtime: Runtime, entered: list[int]) -> Iterator[None]:
-    """Swap every parameter for a fake one, buffers for copies, and the hooks for ones that take notes; then back."""
+def _without_weights(model: nn.Module, noted: Collection[str], entered: list[str]) -> Iterator[None]:
+    """Swap every parameter for a fake one, buffers for copies, and the hooks for ones that take notes; then back.
+
+    The names of those modules entered that are among ``noted`` are appended to ``entered``.
+    """
     made: dict[int, nn.Parameter] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -73,7 +142,6 @@ def _without_weights(model: nn.Module, runtime: Runtime, entered: list[int]) -> 
 
     modules = dict(model.named_modules())
     saved = {name: {slot: module.__dict__[slot] for slot in _slots(module)} for name, module in modules.items()}
-    notes = _note_takers(runtime.hooked_modules(), entered)
     try:
         for name, module in modules.items():
             own = module.__dict__
@@ -81,10 +149,10 @@ def _without_weights(model: nn.Module, runtime: Runtime, entered: list[int]) -> 
             own["_buffers"] = _copies(own["_buffers"])
             if "_flat_weights" in own:
                 own["_flat_weights"] = [own["_parameters"][key] for key in module._flat_weights_names]
-            own["_forward_pre_hooks"] = {-1: notes[name]} if name in notes else {}
+            own["_forward_pre_hooks"] = {-1: _note_taker(name, entered)} if name in noted else {}
             own["_forward_hooks"] = {}
-        for unit in runtime.hooked_modules().get("", ()):
-            entered.append(unit)
+        if "" in noted:
+            entered.append("")  # its forward is called without its hooks
         yield
     finally:
         for name, module in modules.items():
@@ -96,11 +164,8 @@ def _slots(module: nn.Module) -> Sequence[str]:
     return [slot for slot in slots if slot in module.__dict__]
 
 
-def _note_takers(hooked: Mapping[str, Sequence[int]], entered: list[int]) -> dict[str, Any]:
-    def taker(units: Sequence[int]) -> Any:
-        def note(module: nn.Module, args: Any) -> None:
-            entered.extend(units)
+def _note_taker(name: str, entered: list[str]) -> Any:
+    def note(module: nn.Module, args: Any) -> None:
+        entered.append(name)
 
-        return note
-
-    return {name: taker(units) for name, units in hooked.items()}
+    return note

@@ -123,3 +123,25 @@ def test_eight_billion_parameters_cost_no_memory() -> None:
     seconds, grown, peak = map(float, done.stdout.split())
     assert max(grown, peak) < 300e6
     assert seconds < 30, "the bar of 2 s is measured in benchmarks/, where nothing else runs"
+
+
+def test_nothing_is_filled_that_has_no_values() -> None:
+    """Initialising a weight costs nothing, by whatever function; buffers and the random state come out as always."""
+    filled: list[torch.Tensor] = []
+
+    class Filling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(2048, 2048))
+            nn.init.trunc_normal_(self.weight)
+            nn.init.kaiming_uniform_(self.weight)
+            with torch.no_grad():
+                filled.append(self.weight.normal_())
+            self.register_buffer("table", nn.init.uniform_(torch.empty(8)))
+
+    torch.manual_seed(0)
+    model = build_without_weights(Filling)
+    torch.manual_seed(0)
+    assert model.weight.is_meta
+    assert filled[0] is model.weight
+    assert torch.equal(model.table, torch.empty(8).uniform_())

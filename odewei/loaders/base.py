@@ -134,6 +134,11 @@ class WeightsLoader(ABC):
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
 
+    @property
+    def place(self) -> Path | None:
+        """The file that the checkpoint begins at; None if it is in no file, so that nothing can be kept beside it."""
+        return None
+
     @abstractmethod
     def weights(self) -> Mapping[str, WeightInfo]:
         """Every weight of the checkpoint by name. Reads headers at most, never weights; the answer does not change.

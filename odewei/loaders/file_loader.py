@@ -122,6 +122,10 @@ class FileLoader(WeightsLoader):
         self._weights: dict[str, WeightInfo] | None = None
         self._lock = threading.Lock()
 
+    @property
+    def place(self) -> Path:
+        return self.path
+
     @abstractmethod
     def _read_headers(self) -> dict[str, WeightInfo]:
         """All weights of the checkpoint. Called under the lock, until it has succeeded once."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -22,11 +23,12 @@ __all__ = ["CallableLoader", "as_source"]
 class CallableLoader:
     """Wraps ``function(module_name, weight_names) -> {name: tensor}``. Called from any thread.
 
-    ``device`` and ``dtype`` are None: a function has no wishes.
+    ``device`` and ``dtype`` are None: a function has no wishes. ``place`` is None: it has no file.
     """
 
     device: torch.device | None = None
     dtype: torch.dtype | None = None
+    place: Path | None = None
 
     def __init__(self, function: Callable[[str, Sequence[str]], Mapping[str, torch.Tensor]]) -> None:
         self.function = function

@@ -41,9 +41,10 @@ class Ledger:
         self._residents: set[int] = set()
         self._demanded: dict[int, UnitRecord] = {}
         self._reading_bytes = 0
-        self._ahead_units = 0
+        self._ahead: set[int] = set()  # units fetched before their use, and not used since
         self._ahead_bytes = 0
         self._failed = 0
+        self._idle = 0  # units that are absent and only there on demand
         self._closed: BaseException | None = None
         self._leases = LeaseBook(self._thread_is_outside, self.outlook.forget)
 
@@ -58,12 +59,14 @@ class Ledger:
             if self._closed is not None:
                 return False
             for place, (name, reader) in enumerate(units):
-                record = UnitRecord(next(self._ids), name, reader.nbytes, account, place, reader)
+                on_demand = account.ahead is not None and place >= account.ahead
+                record = UnitRecord(next(self._ids), name, reader.nbytes, account, place, reader, on_demand)
                 self.units[record.id] = record
+                self._idle += on_demand
                 account.units.append(record)
             self.accounts.append(account)
             self._set_windows()
-            self.seed(account, range(len(units)))
+            self.seed(account, range(len(units))[: account.ahead])
             return True
 
     def seed(self, account: Account, order: Sequence[int]) -> None:
@@ -103,7 +106,8 @@ class Ledger:
                 if record.state is State.FAILED:
                     self._move(record, State.ABSENT)
                 assert record.state is State.ABSENT, f"{record.name} is still {record.state.value}"
-                self.units.pop(record.id, None)
+                if self.units.pop(record.id, None) is not None:
+                    self._idle -= record.on_demand
             account.units.clear()
 
     def adapt(self) -> None:
@@ -115,7 +119,8 @@ class Ledger:
             limit = self._auto.changed(
                 budget.limit_bytes,
                 budget.used_bytes,
-                least_bytes=max((account.least_bytes for account in self.accounts), default=1),
+                least_bytes=max((account.least_bytes for account in self.accounts), default=1)
+                + sum(account.pinned_bytes for account in self.accounts),
                 most_bytes=max(1, sum(account.most_bytes for account in self.accounts)),
             )
             if limit is not None:
@@ -193,8 +198,10 @@ class Ledger:
                 record.account.counters.stall_seconds += seconds
 
     def needs_driver(self) -> bool:
-        """Whether there is anything to decide: some unit is neither resident nor failed. Without the lock, a hint."""
-        return len(self._residents) + self._failed < len(self.units) or bool(self._demanded)
+        """Whether there is anything to decide: some unit is neither resident nor failed, nor idle. Without the lock, a
+        hint.
+        """
+        return len(self._residents) + self._failed + self._idle < len(self.units) or bool(self._demanded)
 
     # -- whoever drives: one thread at a time ------------------------------------------------------------------------
 
@@ -212,6 +219,14 @@ class Ledger:
                 self._evict(self.units[unit])
             return decision
 
+    def next_shedding(self) -> Decision | None:
+        """What leaves because the budget has shrunk, moved to ABSENT. The caller unbinds it."""
+        with self.lock:
+            decision = self._decide(None)
+            for unit in decision.evict if decision else ():
+                self._evict(self.units[unit])
+            return decision
+
     def begin_read(self, unit: int, slab: Slab | None) -> None:
         """ABSENT to READING, into ``slab`` (None: the unit has no bytes)."""
         with self.lock:
@@ -221,7 +236,7 @@ class Ledger:
             self._reading_bytes += record.nbytes
             if not record.leases:
                 record.ahead = True
-                self._ahead_units += 1
+                self._ahead.add(unit)
                 self._ahead_bytes += record.nbytes
 
     def finish_read(self, unit: int, nbytes: int) -> None:
@@ -249,7 +264,7 @@ class Ledger:
             record = self.units[unit]
             self._move(record, State.RESIDENT)
             self._residents.add(unit)
-            self.outlook.note_evictable(unit)
+            self.outlook.note_present(unit)
             self._wake(record, None)
 
     def fail(self, unit: int, error: BaseException, nbytes: int = 0) -> None:
@@ -293,8 +308,10 @@ class Ledger:
             assert self._residents == {unit.id for unit in records if unit.state is State.RESIDENT}
             assert self._reading_bytes == sum(unit.nbytes for unit in records if unit.state is State.READING)
             ahead = [unit for unit in records if unit.ahead]
-            assert (self._ahead_units, self._ahead_bytes) == (len(ahead), sum(unit.nbytes for unit in ahead))
+            assert self._ahead == {unit.id for unit in ahead}
+            assert self._ahead_bytes == sum(unit.nbytes for unit in ahead)
             assert self._failed == sum(unit.state is State.FAILED for unit in records)
+            assert self._idle == sum(unit.state is State.ABSENT for unit in records if unit.on_demand)
             assert set(self._demanded) == {unit.id for unit in records if unit.waiters}
             for unit in records:
                 assert unit.leases >= 0
@@ -308,9 +325,15 @@ class Ledger:
 
     def _set_windows(self) -> None:
         limit = self.pool.budget.limit_bytes
-        largest = max((record.nbytes for record in self.units.values()), default=0)
+        largest = max((record.nbytes for record in self.units.values() if not record.on_demand), default=0)
         for account in self.accounts:
             account.window = window_for(account.depth, limit, largest)
+        self._space_out(largest)
+
+    def _space_out(self, largest: int) -> None:
+        """What is used now and what is ahead has to move; the rest may stay. Without a window only bytes count."""
+        moving = max((account.window.most_bytes(largest) for account in self.accounts), default=0)
+        self.outlook.keep(max(0, self.pool.budget.limit_bytes - moving - largest) if moving else 0)
 
     def _open_record(self, unit: int) -> UnitRecord:
         record = self.units.get(unit)
@@ -324,15 +347,14 @@ class Ledger:
         self.outlook.leave(thread)
 
     def _note_access(self, mine: ThreadLeases, record: UnitRecord) -> None:
-        counters = record.account.counters
-        counters.accesses += 1
-        if not self.outlook.record(mine, record.id):
-            counters.mispredictions += 1
-            for unit in self.units.values() if self._ahead_units else ():
-                self._clear_ahead(unit)
+        record.account.counters.accesses += 1
+        surprise = self.outlook.record(mine, record.id, record.nbytes)
+        if surprise is not None:
+            record.account.counters.mispredictions += 1
+            for unit in tuple(self._ahead) if surprise.jumped else surprise.skipped:
+                if unit in self._ahead:
+                    self._clear_ahead(self.units[unit])  # it may never be used
         self._clear_ahead(record)
-        if record.state is State.RESIDENT:
-            self.outlook.note_evictable(record.id)
 
     def _most_urgent(self) -> Wish | None:
         for record in self._demanded.values():
@@ -347,10 +369,11 @@ class Ledger:
         if found is None:
             return None
         record = self.units[found[0]]
-        if not record.account.window.is_open(self._ahead_units, self._ahead_bytes, record.nbytes):
-            # The window is there because what is fetched early drives something out early. Empty room has no such price.
-            if record.account.depth is not None or record.nbytes > self.pool.room_bytes():
-                return None
+        is_open = record.account.window.is_open(len(self._ahead), self._ahead_bytes, record.nbytes)
+        # What is fetched early drives something out early, hence the window. Empty room has no such price.
+        fills_room = record.account.depth is None and record.nbytes <= self.pool.room_bytes()
+        if not is_open and not fills_room:
+            return None
         return Wish(record.id, record.nbytes, found[1], False)
 
     def _is_missing(self, unit: int) -> bool:
@@ -364,18 +387,18 @@ class Ledger:
             room_bytes=self.pool.room_bytes(),
             reading_bytes=self._reading_bytes,
             leaving_bytes=self.pool.leaving_bytes(),
-            furthest_first=self._candidates,
+            best_to_leave=self._candidates,
         )
 
-    def _candidates(self) -> Iterator[Candidate]:
+    def _candidates(self, beyond: float) -> Iterator[Candidate]:
         def evictable(unit: int) -> bool:
-            record = self.units[unit]
-            if record.state is not State.RESIDENT or record.leases or record.stays:
+            record = self.units.get(unit)
+            if record is None or record.state is not State.RESIDENT or record.leases or record.stays:
                 return False
             record.stays = record.account.was_written(record.place)
             return not record.stays
 
-        for unit, distance in self.outlook.furthest_first(evictable, self._residents):
+        for unit, distance in self.outlook.best_to_leave(evictable, self._residents, beyond):
             yield Candidate(unit, self.units[unit].nbytes, distance)
 
     def _evict(self, record: UnitRecord) -> None:
@@ -386,11 +409,12 @@ class Ledger:
         if record.slab is not None:
             self.pool.mark_leaving(record.slab, record.name)
             record.slab = None
-        self.outlook.note_missing(record.id)
+        self.outlook.note_eviction(record.id)
 
     def _move(self, record: UnitRecord, state: State) -> None:
         check_move(record.name, record.state, state)
         self._failed += (state is State.FAILED) - (record.state is State.FAILED)
+        self._idle += record.on_demand * ((state is State.ABSENT) - (record.state is State.ABSENT))
         record.state = state
         if state in (State.ABSENT, State.FAILED):
             self._clear_ahead(record)
@@ -398,7 +422,7 @@ class Ledger:
     def _clear_ahead(self, record: UnitRecord) -> None:
         if record.ahead:
             record.ahead = False
-            self._ahead_units -= 1
+            self._ahead.discard(record.id)
             self._ahead_bytes -= record.nbytes
 
     def _wake(self, record: UnitRecord, error: BaseException | None) -> None:
@@ -407,3 +431,11 @@ class Ledger:
             waiter.done.set()
         record.waiters.clear()
         self._demanded.pop(record.id, None)
+
+    # -- what passes have shown --------------------------------------------------------------------------------------
+
+    def recent_pass(self, account: Account) -> tuple[int, ...]:
+        """The places of a model's units in the order in which they are expected from now on, once around."""
+        with self.lock:
+            records = (self.units.get(unit) for unit in self.outlook.recent_pass())
+            return tuple(record.place for record in records if record is not None and record.account is account)

@@ -39,9 +39,12 @@ class Wish(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Evict these, then read that. ``beyond_limit``: no order of evictions makes room, and a forward waits for it."""
+    """Evict these, then read that, if anything.
 
-    fetch: int
+    ``beyond_limit``: no order of evictions makes room, and a forward waits.
+    """
+
+    fetch: int | None
     evict: tuple[int, ...] = ()
     beyond_limit: bool = False
 
@@ -62,6 +65,12 @@ class Window:
             return False
         return ahead_units == 0 or ahead_bytes + next_nbytes <= self.nbytes
 
+    def most_bytes(self, largest_bytes: int) -> int:
+        """What may be ahead at a time, in units of at most ``largest_bytes``."""
+        if self.depth is None:
+            return max(self.nbytes, largest_bytes)
+        return min(self.nbytes, self.depth * largest_bytes)
+
 
 def window_for(depth: int | None, limit_bytes: int, largest_bytes: int) -> Window:
     """The window of ``depth`` units; for "auto" (None) what keeps a disk busy, at most half of the budget."""
@@ -70,20 +79,18 @@ def window_for(depth: int | None, limit_bytes: int, largest_bytes: int) -> Windo
     return Window(None, min(limit_bytes // 2, max(_WINDOW_BYTES, 2 * largest_bytes)))
 
 
-def choose_victims(
-    needed_bytes: int, furthest_first: Iterable[Candidate], keep_distance: float
-) -> tuple[int, ...] | None:
-    """Units whose leaving frees at least ``needed_bytes``; None if those used later than ``keep_distance`` do not.
+def choose_victims(needed_bytes: int, best_to_leave: Iterable[Candidate]) -> tuple[int, ...] | None:
+    """Units whose leaving frees at least ``needed_bytes``; None if all of them together do not.
 
-    Candidates come in order of falling distance. What the last, large victim made needless stays after all.
+    The first candidates leave. What the last, large victim made needless stays after all.
     """
     chosen: list[Candidate] = []
     freed = 0
-    for candidate in furthest_first:
-        if freed >= needed_bytes or candidate.distance <= keep_distance:
-            break
+    for candidate in best_to_leave:
         chosen.append(candidate)
         freed += candidate.nbytes
+        if freed >= needed_bytes:
+            break
     if freed < needed_bytes:
         return None
     for candidate in reversed(chosen[:-1]):
@@ -99,7 +106,7 @@ def decide(
     room_bytes: int,
     reading_bytes: int,
     leaving_bytes: int,
-    furthest_first: Callable[[], Iterable[Candidate]],
+    best_to_leave: Callable[[float], Iterable[Candidate]],
 ) -> Decision | None:
     """The next thing to do, or None: wait until something changes.
 
@@ -107,8 +114,14 @@ def decide(
     ``room_bytes`` can be had at once. ``reading_bytes`` are being read for nobody in particular, so that they can be
     evicted when they have arrived: a demanded unit waits for that rather than going beyond the limit.
     ``leaving_bytes`` were evicted and are still held by somebody: worth waiting for when prefetching, but never when
-    a forward waits, which may be the very holder.
+    a forward waits, which may be the very holder. Negative room (the budget has shrunk, or a forward had to go beyond
+    it) is won back first, unless a forward waits.
     """
+    if room_bytes + leaving_bytes < 0 and not (wish is not None and wish.demanded):
+        victims = choose_victims(-room_bytes - leaving_bytes, best_to_leave(-1))
+        if victims is None:
+            victims = tuple(candidate.unit for candidate in best_to_leave(-1))
+        return Decision(None, victims) if victims else None
     if wish is None:
         return None
     lacking = wish.nbytes - room_bytes
@@ -116,9 +129,9 @@ def decide(
         return Decision(wish.unit)
     if not wish.demanded and lacking <= leaving_bytes:
         return None
-    victims = choose_victims(lacking, furthest_first(), -1 if wish.demanded else wish.distance)
+    victims = choose_victims(lacking, best_to_leave(-1 if wish.demanded else wish.distance))
     if victims is not None:
         return Decision(wish.unit, victims)
     if wish.demanded and reading_bytes == 0:
-        return Decision(wish.unit, tuple(candidate.unit for candidate in furthest_first()), beyond_limit=True)
+        return Decision(wish.unit, tuple(candidate.unit for candidate in best_to_leave(-1)), beyond_limit=True)
     return None

@@ -148,6 +148,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def nothing_missing_is_passed_over(self) -> None:
         ledger = self.setup.ledger
         absent = [unit.id for unit in ledger.units.values() if unit.state is State.ABSENT]
+        irregular = ledger.outlook._regularity.is_irregular
+        absent = [unit for unit in absent if not irregular(unit)]
         found = ledger.outlook.first_missing(absent.__contains__)
         nearest = min(map(ledger.outlook.next_use, absent), default=NEVER)
         assert (NEVER if found is None else found[1]) == nearest

@@ -18,11 +18,11 @@ CANDIDATES = st.lists(st.tuples(st.integers(0, 20), st.one_of(st.integers(0, 30)
 WISHES = st.builds(Wish, st.just(99), st.integers(0, 60), st.integers(0, 30), st.booleans())
 
 
-@given(needed=st.integers(1, 60), candidates=CANDIDATES, keep=st.integers(-1, 30))
-def test_victims_free_enough_and_no_more(needed: int, candidates: list[Candidate], keep: int) -> None:
-    """Victims are used later than what is kept, free enough, and each but the last is needed for that."""
-    victims = choose_victims(needed, candidates, keep)
-    allowed = [candidate for candidate in candidates if candidate.distance > keep]
+@given(needed=st.integers(1, 60), candidates=CANDIDATES)
+def test_victims_free_enough_and_no_more(needed: int, candidates: list[Candidate]) -> None:
+    """Victims free enough, and each is needed for that."""
+    victims = choose_victims(needed, candidates)
+    allowed = candidates
     if victims is None:
         assert sum(candidate.nbytes for candidate in allowed) < needed
         return
@@ -37,7 +37,7 @@ def test_victims_free_enough_and_no_more(needed: int, candidates: list[Candidate
 def test_units_of_one_size_leave_furthest_first(needed: int, candidates: list[Candidate]) -> None:
     """When all are equally large, the victims are those used last: Belady's rule."""
     equal = [candidate._replace(nbytes=5) for candidate in candidates]
-    victims = choose_victims(needed, equal, -1)
+    victims = choose_victims(needed, equal)
     count = -(-needed // 5)
     assert victims == (None if count > len(equal) else tuple(candidate.unit for candidate in equal[:count]))
 
@@ -45,8 +45,8 @@ def test_units_of_one_size_leave_furthest_first(needed: int, candidates: list[Ca
 def test_what_a_large_victim_makes_needless_stays() -> None:
     """A small unit that was chosen first stays when the next one alone is enough."""
     candidates = [Candidate(0, 1, 9), Candidate(1, 2, 8), Candidate(2, 10, 7), Candidate(3, 50, 6)]
-    assert choose_victims(10, candidates, 0) == (2,)
-    assert choose_victims(11, candidates, 0) == (0, 2)
+    assert choose_victims(10, candidates) == (2,)
+    assert choose_victims(11, candidates) == (0, 2)
 
 
 def ask(
@@ -57,7 +57,7 @@ def ask(
         room_bytes=room,
         reading_bytes=reading,
         leaving_bytes=leaving,
-        furthest_first=lambda: iter(candidates),
+        best_to_leave=lambda beyond: [candidate for candidate in candidates if candidate.distance > beyond],
     )
 
 
@@ -70,6 +70,11 @@ def test_decisions_keep_the_rules(
     decision = ask(wish, candidates, room, reading, leaving)
     lacking = wish.nbytes - room
     available = sum(candidate.nbytes for candidate in candidates)
+    if room + leaving < 0 and not wish.demanded:
+        evicted = sum(candidates[unit].nbytes for unit in decision.evict) if decision else 0
+        assert decision is None or (decision.fetch is None and decision.evict), "more leaves or nothing happens"
+        assert evicted >= -room - leaving or evicted == available, "as much leaves as the budget lacks"
+        return
     if lacking <= 0:
         assert decision == Decision(wish.unit)
     elif wish.demanded:
@@ -130,8 +135,8 @@ class Loop:
         self.leased: int | None = None
         self.reads = 0
 
-    def candidates(self) -> list[Candidate]:
-        found = self.outlook.furthest_first(lambda unit: unit != self.leased, self.resident)
+    def candidates(self, beyond: float) -> list[Candidate]:
+        found = self.outlook.best_to_leave(lambda unit: unit != self.leased, self.resident, beyond)
         return [Candidate(unit, 1, distance) for unit, distance in found]
 
     def fetch(self, wish: Wish) -> bool:
@@ -140,7 +145,7 @@ class Loop:
             room_bytes=self.b - len(self.resident),
             reading_bytes=0,
             leaving_bytes=0,
-            furthest_first=self.candidates,
+            best_to_leave=self.candidates,
         )
         if decision is None:
             return False
@@ -148,9 +153,9 @@ class Loop:
         for unit in decision.evict:
             self.resident.remove(unit)
             self.ahead.discard(unit)
-            self.outlook.note_missing(unit)
+            self.outlook.note_eviction(unit)
         self.resident.add(decision.fetch)
-        self.outlook.note_evictable(decision.fetch)
+        self.outlook.note_present(decision.fetch)
         assert len(self.resident) <= self.b
         self.reads += 1
         return True
@@ -172,8 +177,6 @@ class Loop:
             self.ahead.discard(unit)
             if unit not in self.resident:
                 assert self.fetch(Wish(unit, 1, 0, True))
-            else:
-                self.outlook.note_evictable(unit)
             self.prefetch()
             self.leased = None
         return self.reads - before
