@@ -37,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "transformers" not in _versions():
         print("make bench needs transformers: pip install 'odewei[bench]'", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that groups and processes are cleared away
     started = time.monotonic()
 
     def say(line: str) -> None:
@@ -172,4 +171,5 @@ def _write(record: Record, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that groups and processes are cleared away
     sys.exit(main())
