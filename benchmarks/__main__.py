@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -170,4 +171,5 @@ def _write(record: Record, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that groups and processes are cleared away
     sys.exit(main())
