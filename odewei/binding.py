@@ -11,10 +11,13 @@ reference, or a load. Modules are held weakly, so that nothing here keeps a mode
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -197,7 +200,7 @@ class Binder:
         ``tables`` are those that are only looked up.
         """
         self._lock = threading.Lock()  # one at a time binds
-        self._access: Callable[[int], None] | None = None
+        self._access: Callable[[int, FrameType], None] | None = None
         self._release: Callable[[int], None] | None = None
         self._tables = tables
         self._units = [{weight.name: weight.uses for weight in unit} for unit in units]
@@ -227,8 +230,10 @@ class Binder:
         for binding in self._bindings.values():
             binding.install(self._placeholders)
 
-    def connect(self, access: Callable[[int], None], release: Callable[[int], None]) -> None:
-        """``access`` returns when a unit is resident and leased by this thread; ``release`` returns the lease."""
+    def connect(self, access: Callable[[int, FrameType], None], release: Callable[[int], None]) -> None:
+        """``access`` returns when a unit is resident and leased by this thread for the call that runs in a frame;
+        ``release`` returns the lease.
+        """
         self._access, self._release = access, release
 
     def publish(self, unit: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -304,13 +309,13 @@ class Binder:
         return LookedUp.of(table, self._fetcher(unit, name), loaded)
 
     def _fetcher(self, unit: int, name: str) -> Fetch:
-        load = weakref.WeakMethod(self._load)
+        lease = weakref.WeakMethod(self._lease)
 
-        def fetch() -> torch.Tensor:
-            method = load()
+        def fetch(frame: FrameType) -> tuple[torch.Tensor, Callable[[], None]]:
+            method = lease()
             if method is None:
                 raise ReferenceError(f"the model of weight {name!r} is gone")
-            return method(unit, name)
+            return method(unit, name, frame)
 
         return fetch
 
@@ -321,17 +326,20 @@ class Binder:
 
     def _load(self, unit: int, name: str) -> nn.Parameter:
         """An access outside of the hooks: wait for the unit, hand out the real parameter; the reference keeps it."""
+        parameter, release = self._lease(unit, name, sys._getframe())
+        release()
+        return parameter
+
+    def _lease(self, unit: int, name: str, frame: FrameType) -> tuple[nn.Parameter, Callable[[], None]]:
+        """The real parameter, loaded if need be, and what returns its lease, which ends with ``frame`` at the latest."""
         assert self._access is not None, "an access before the model was ready"
         assert self._release is not None
         if name in self._tables:
             self._tables[name].keep_none()
-        self._access(unit)
-        try:
-            tensors = self._tensors[unit]
-            assert tensors is not None, "a leased unit has no tensors"
-            return tensors[name]
-        finally:
-            self._release(unit)
+        self._access(unit, frame)
+        tensors = self._tensors[unit]
+        assert tensors is not None, "a leased unit has no tensors"
+        return tensors[name], functools.partial(self._release, unit)
 
 
 def _flat_names(module: nn.Module) -> list[str] | None:

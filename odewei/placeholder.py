@@ -7,7 +7,9 @@ code that asks a model for its device or dtype hears the truth and loads nothing
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -15,7 +17,10 @@ from torch.utils._pytree import tree_map_only
 
 __all__ = ["Fetch", "Placeholder", "with_real"]
 
-Fetch = Callable[[], torch.Tensor]
+Fetch = Callable[[FrameType], tuple[torch.Tensor, Callable[[], None]]]
+"""Loads the real tensor if need be, and leases its unit for the call that runs in the frame. What is returned second
+returns the lease: until then the unit stays, and what is written into the tensor is noticed.
+"""
 
 
 class Placeholder(torch.Tensor):
@@ -34,9 +39,7 @@ class Placeholder(torch.Tensor):
         stride: tuple[int, ...] | None,
         fetch: Fetch,
     ) -> Self:
-        """``fetch`` returns the real tensor, loading it if need be; any thread calls it when an operation needs the
-        values.
-        """
+        """Any thread calls ``fetch`` when an operation needs the values."""
         with torch.inference_mode(False), torch.no_grad():
             made: Self = torch.Tensor._make_wrapper_subclass(
                 cls, shape, strides=stride, dtype=dtype, device=torch.device("cpu"), requires_grad=False
@@ -58,7 +61,9 @@ class Placeholder(torch.Tensor):
 
     def fetch(self) -> torch.Tensor:
         """The real tensor, loaded now if need be."""
-        return self._fetch()
+        tensor, release = self._fetch(sys._getframe())
+        release()
+        return tensor
 
     def numpy(self, *, force: bool = False) -> Any:
         return self.fetch().detach().numpy(force=force)
@@ -84,6 +89,18 @@ class Placeholder(torch.Tensor):
 
 
 def with_real(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
-    """Call ``func`` with the real tensor in place of every placeholder, loading them now if need be."""
-    args = tree_map_only(Placeholder, Placeholder.fetch, args)
-    return func(*args, **tree_map_only(Placeholder, Placeholder.fetch, dict(kwargs or {})))
+    """Call ``func`` with the real tensor in place of every placeholder, loaded if need be and leased until it ends."""
+    frame = sys._getframe()
+    releases: list[Callable[[], None]] = []
+
+    def real(placeholder: Placeholder) -> torch.Tensor:
+        tensor, release = placeholder._fetch(frame)
+        releases.append(release)
+        return tensor
+
+    try:
+        args = tree_map_only(Placeholder, real, args)
+        return func(*args, **tree_map_only(Placeholder, real, dict(kwargs or {})))
+    finally:
+        for release in reversed(releases):
+            release()

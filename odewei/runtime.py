@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import sys
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import nn
@@ -304,8 +304,8 @@ class Runtime:
         except TraceError as error:
             _log.warning("the order of layers saved in %s is not used: %s", path, error)
 
-    def _access(self, place: int) -> None:
-        self.driver.enter(self._id(place), sys._getframe(1))
+    def _access(self, place: int, frame: FrameType) -> None:
+        self.driver.enter(self._id(place), frame)
 
     def _leave(self, place: int) -> None:
         self.driver.leave(self._id(place))
