@@ -331,7 +331,7 @@ class Binder:
         return parameter
 
     def _lease(self, unit: int, name: str, frame: FrameType) -> tuple[nn.Parameter, Callable[[], None]]:
-        """The real parameter, loaded if need be, and what returns its lease, which ends with ``frame`` at the latest."""
+        """The real parameter, loaded if need be, and what returns its lease; that ends with ``frame`` at the latest."""
         assert self._access is not None, "an access before the model was ready"
         assert self._release is not None
         if name in self._tables:
