@@ -202,7 +202,8 @@ class Outlook:
 
     def _take_out(self, unit: int) -> None:
         """A unit has become irregular: histories know nothing of it any more."""
-        if any(history.unmark(unit) for history in self._live.values()):
+        marked = [history.unmark(unit) for history in self._live.values()]  # in all of them
+        if any(marked):
             self._rare.put(unit)
 
     def _pace(self, thread: Hashable) -> float:
