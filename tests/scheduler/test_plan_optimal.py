@@ -82,7 +82,7 @@ def test_uneven_units_cost_at_most_one_more_place(
 ) -> None:
     """Units of 1 to 3 bytes: no more is read than the optimum of a budget smaller by depth and one of the largest.
 
-    This is measured (none in 20,000 such cases was worse), not proven: with uneven sizes furthest-first is no
+    This is measured (none in some 17,000 such cases was worse), not proven: with uneven sizes furthest-first is no
     optimum, and finding one is hard. Within the whole budget less the window it was up to 1.6 times the optimum.
     """
     largest = max(sizes)
