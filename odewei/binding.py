@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from odewei.placeholder import Placeholder
+from odewei.looked_up import LookedUp
+from odewei.placeholder import Fetch, Placeholder
+from odewei.scheduler.rows import RowTable
 from odewei.survey import Weight
 
 __all__ = ["Binder", "ModuleBinding"]
@@ -75,11 +77,20 @@ class UnboundParameters(_Streamed):
 
 
 class ModuleBinding:
-    """One module that has streamed weights. ``sources`` maps its parameter names to (unit, weight name)."""
+    """One module that has streamed weights. ``sources`` maps its parameter names to (unit, weight name), ``tables``
+    those of tables that are only looked up, which are never bound: their placeholders serve all.
+    """
 
-    def __init__(self, module: nn.Module, sources: Mapping[str, tuple[int, str]], load: Loader) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        sources: Mapping[str, tuple[int, str]],
+        tables: Mapping[str, str],
+        load: Loader,
+    ) -> None:
         self._module = weakref.ref(module)
         self._sources = dict(sources)
+        self._tables = dict(tables)
         self._load = load
         self._real: dict[str, nn.Parameter] = {}
         self._flat_names = _flat_names(module)
@@ -88,7 +99,7 @@ class ModuleBinding:
 
     def install(self, placeholders: Mapping[str, Placeholder]) -> None:
         """Take the module's parameters over; nothing is bound yet."""
-        for local_name, (_, name) in self._sources.items():
+        for local_name, name in self._names().items():
             dict.__setitem__(self._unbound, local_name, placeholders[name])
         self.put()
 
@@ -120,12 +131,14 @@ class ModuleBinding:
     def adopt(self, local_name: str, value: Any) -> None:
         """The user has stored a parameter: from now on it is the module's own and not streamed."""
         self._sources.pop(local_name, None)
+        self._tables.pop(local_name, None)
         self._real.pop(local_name, None)
         dict.__setitem__(self._unbound, local_name, value)
 
     def disown(self, local_name: str) -> None:
         """The user has deleted a parameter."""
         self._sources.pop(local_name, None)
+        self._tables.pop(local_name, None)
         self._real.pop(local_name, None)
         dict.pop(self._unbound, local_name, None)
 
@@ -133,14 +146,15 @@ class ModuleBinding:
         """Give the module an ordinary dictionary with these parameters, for good."""
         module = self._module()
         if module is not None:
+            names = self._names()
             items = {
-                local: parameters[self._sources[local][1]] if local in self._sources else kept
-                for local, kept in dict.items(self._unbound)
+                local: parameters[names[local]] if local in names else kept for local, kept in dict.items(self._unbound)
             }
             module.__dict__["_parameters"] = items
             self._follow(module, items)
         self._real.clear()
         self._sources.clear()
+        self._tables.clear()
 
     def put(self) -> None:
         """Make the module use the dictionary that fits what is here now."""
@@ -153,6 +167,10 @@ class ModuleBinding:
             parameters = BoundParameters(items, self)
         module.__dict__["_parameters"] = parameters
         self._follow(module, parameters)
+
+    def _names(self) -> dict[str, str]:
+        """Local names of all that is streamed, and the weights' names."""
+        return {local: name for local, (_, name) in self._sources.items()} | self._tables
 
     def _follow(self, module: nn.Module, parameters: Mapping[str, Any]) -> None:
         """Recurrent modules keep a second list of their weights."""
@@ -169,25 +187,43 @@ class Binder:
     """
 
     def __init__(
-        self, model: nn.Module, units: Sequence[Sequence[Weight]], infos: Mapping[str, tuple[torch.dtype, Any]]
+        self,
+        model: nn.Module,
+        units: Sequence[Sequence[Weight]],
+        infos: Mapping[str, tuple[torch.dtype, Any]],
+        tables: Mapping[str, RowTable],
     ) -> None:
-        """``units[i]`` are the weights of unit i; ``infos`` gives each one's dtype when bound, and its stride."""
+        """``units[i]`` are the weights of unit i; ``infos`` gives each one's dtype when bound, and its stride;
+        ``tables`` are those that are only looked up.
+        """
         self._lock = threading.Lock()  # one at a time binds
         self._access: Callable[[int], None] | None = None
         self._release: Callable[[int], None] | None = None
+        self._tables = tables
         self._units = [{weight.name: weight.uses for weight in unit} for unit in units]
         self._tensors: list[dict[str, nn.Parameter] | None] = [None] * len(units)
         self._requires_grad = {weight.name: weight.parameter.requires_grad for unit in units for weight in unit}
         self._placeholders: dict[str, Placeholder] = {}
         sources: dict[str, dict[str, tuple[int, str]]] = {}
+        looked_up: dict[str, dict[str, str]] = {}
         for index, unit in enumerate(units):
             for weight in unit:
                 dtype, stride = infos[weight.name]
-                self._placeholders[weight.name] = self._placeholder(index, weight.name, weight.shape, dtype, stride)
+                if weight.name in tables:
+                    self._placeholders[weight.name] = self._looked_up(index, tables[weight.name])
+                else:
+                    self._placeholders[weight.name] = self._placeholder(index, weight.name, weight.shape, dtype, stride)
                 for use in weight.uses:
-                    sources.setdefault(use.module, {})[use.local_name] = (index, weight.name)
+                    sources.setdefault(use.module, {})
+                    if weight.name in tables:
+                        looked_up.setdefault(use.module, {})[use.local_name] = weight.name
+                    else:
+                        sources[use.module][use.local_name] = (index, weight.name)
         modules = dict(model.named_modules())
-        self._bindings = {name: ModuleBinding(modules[name], found, self._load) for name, found in sources.items()}
+        self._bindings = {
+            name: ModuleBinding(modules[name], found, looked_up.get(name, {}), self._load)
+            for name, found in sources.items()
+        }
         for binding in self._bindings.values():
             binding.install(self._placeholders)
 
@@ -255,6 +291,19 @@ class Binder:
     def _placeholder(
         self, unit: int, name: str, shape: tuple[int, ...], dtype: torch.dtype, stride: Any
     ) -> Placeholder:
+        return Placeholder.make(name, shape, dtype, stride, self._fetcher(unit, name))
+
+    def _looked_up(self, unit: int, table: RowTable) -> LookedUp:
+        name = table.place.weight
+        resident = weakref.WeakMethod(self._resident)
+
+        def loaded() -> nn.Parameter | None:
+            method = resident()
+            return None if method is None else method(unit, name)
+
+        return LookedUp.of(table, self._fetcher(unit, name), loaded)
+
+    def _fetcher(self, unit: int, name: str) -> Fetch:
         load = weakref.WeakMethod(self._load)
 
         def fetch() -> torch.Tensor:
@@ -263,12 +312,19 @@ class Binder:
                 raise ReferenceError(f"the model of weight {name!r} is gone")
             return method(unit, name)
 
-        return Placeholder.make(name, shape, dtype, stride, fetch)
+        return fetch
+
+    def _resident(self, unit: int, name: str) -> nn.Parameter | None:
+        """The real parameter if it is loaded now; the reference keeps it."""
+        tensors = self._tensors[unit]
+        return None if tensors is None else tensors[name]
 
     def _load(self, unit: int, name: str) -> nn.Parameter:
         """An access outside of the hooks: wait for the unit, hand out the real parameter; the reference keeps it."""
         assert self._access is not None, "an access before the model was ready"
         assert self._release is not None
+        if name in self._tables:
+            self._tables[name].keep_none()
         self._access(unit)
         try:
             tensors = self._tensors[unit]

@@ -8,12 +8,12 @@ code that asks a model for its device or dtype hears the truth and loads nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Placeholder"]
+__all__ = ["Fetch", "Placeholder", "with_real"]
 
 Fetch = Callable[[], torch.Tensor]
 
@@ -25,20 +25,21 @@ class Placeholder(torch.Tensor):
     _fetch: Fetch
     _is_param: bool
 
-    @staticmethod
+    @classmethod
     def make(
+        cls,
         name: str,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         stride: tuple[int, ...] | None,
         fetch: Fetch,
-    ) -> Placeholder:
+    ) -> Self:
         """``fetch`` returns the real tensor, loading it if need be; any thread calls it when an operation needs the
         values.
         """
         with torch.inference_mode(False), torch.no_grad():
-            made: Placeholder = torch.Tensor._make_wrapper_subclass(
-                Placeholder, shape, strides=stride, dtype=dtype, device=torch.device("cpu"), requires_grad=False
+            made: Self = torch.Tensor._make_wrapper_subclass(
+                cls, shape, strides=stride, dtype=dtype, device=torch.device("cpu"), requires_grad=False
             )
         made.weight_name = name
         made._fetch = fetch
@@ -53,9 +54,7 @@ class Placeholder(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        args = tree_map_only(Placeholder, Placeholder.fetch, args)
-        kwargs = tree_map_only(Placeholder, Placeholder.fetch, dict(kwargs or {}))
-        return func(*args, **kwargs)
+        return with_real(func, args, kwargs)
 
     def fetch(self) -> torch.Tensor:
         """The real tensor, loaded now if need be."""
@@ -81,4 +80,10 @@ class Placeholder(torch.Tensor):
         return real.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Placeholder({self.weight_name!r}, {tuple(self.shape)}, {self.dtype}, on demand)"
+        return f"{type(self).__name__}({self.weight_name!r}, {tuple(self.shape)}, {self.dtype}, on demand)"
+
+
+def with_real(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
+    """Call ``func`` with the real tensor in place of every placeholder, loading them now if need be."""
+    args = tree_map_only(Placeholder, Placeholder.fetch, args)
+    return func(*args, **tree_map_only(Placeholder, Placeholder.fetch, dict(kwargs or {})))

@@ -14,13 +14,15 @@ class Report:
     """Sums since the model was built. Bytes are bytes, times seconds.
 
     - ``passes``: calls of the model that ended; ``accesses``: units entered, of which ``hits`` found theirs resident.
-    - ``stalls``: accesses that waited, ``stall_seconds`` in all: the *exposed* reading.
+    - ``stalls``: accesses and look-ups that waited, ``stall_seconds`` in all: the *exposed* reading.
     - ``compute_seconds``: inside the model and not stalled. With several threads at once, summed over them.
     - ``read_seconds``: at least one read was running; what of it was not stalled is the *hidden* reading.
     - ``peak_bytes``: the most weight memory there ever was, in flight and free slabs included, against
       ``budget_bytes``.
     - ``overdrafts``: units that a forward needed when nothing could leave, so that the budget was exceeded, by
       ``worst_overdraft_bytes`` at most. ``escapes``: units whose memory somebody held on to after they had left.
+    - ``rows_looked_up``: rows that look-ups in embedding tables asked for, of which ``rows_read`` were read; the others
+      were kept in ``row_cache_bytes`` of the budget.
     - ``buffer_bytes``: buffers, which are loaded once and are not part of the budget.
     """
 
@@ -45,6 +47,9 @@ class Report:
     escapes: int
     prefetch_depth: int | None
     direct_io: bool
+    rows_looked_up: int
+    rows_read: int
+    row_cache_bytes: int
 
     @property
     def bandwidth(self) -> float:
@@ -87,6 +92,11 @@ class Report:
             ),
             ("floor", f"{self.floor_seconds:.2f} s, reached to a factor of {self.ratio_to_floor:.2f}"),
         ]
+        if self.rows_looked_up:
+            kept = format_nbytes(self.row_cache_bytes)
+            rows.append(
+                ("rows", f"{self.rows_looked_up} looked up in tables, {self.rows_read} read, {kept} for hot ones")
+            )
         if self.overdrafts:
             rows.append(
                 ("over budget", f"{self.overdrafts} times, by {format_nbytes(self.worst_overdraft_bytes)} at most")

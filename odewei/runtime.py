@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,8 +33,10 @@ from odewei.scheduler.drivers import was_closed
 from odewei.scheduler.read_plan import ReadSettings, UnitReadPlan, Wanted
 from odewei.scheduler.reader import FileTable, PlannedUnit, UnitReader
 from odewei.scheduler.records import Account
+from odewei.scheduler.rows import RowCounters, RowTable
 from odewei.scheduler.slabs import PAGE, round_up
 from odewei.survey import Weight, survey, walk
+from odewei.tables import cache_shares, find_tables, table_place
 from odewei.trace_file import read_trace, trace_path
 from odewei.trace_map import units_entered
 from odewei.units import Unit, hooked_modules, partition, smallest_budget
@@ -83,10 +85,15 @@ class Runtime:
         self._pool = self.budget.pool
         most_bytes = _with_slack(self._weight_bytes, len(weights))
         limit_bytes = self.budget.expect(most_bytes)
-        self.units = partition(model, weights, sizes, limit_bytes // _FAIR_SHARE, options.granularity)
+        tables = find_tables(model, weights, infos)
+        others = [weight for weight in weights if weight not in tables]
+        self.units = partition(model, others, sizes, limit_bytes // _FAIR_SHARE, options.granularity)
+        self._ahead = len(self.units)  # those that are read ahead; the tables' follow, with no module hooked
+        self.units += [Unit(table.name, (table,), ()) for table in tables]
         self._direct = options.resolve_direct(self._weight_bytes, limit_bytes)
         readers = [self._reader(unit, infos, sizes) for unit in self.units]
         least_bytes = self._least_bytes(readers)
+        self.tables = self._tables(infos, readers, least_bytes)
         self.binder = self._bind(model, infos)
         self.account = Account(
             self.binder,
@@ -94,10 +101,14 @@ class Runtime:
             options.depth,
             least_bytes,
             most_bytes,
+            sum(table.cache_bytes for table in self.tables.values()),
+            self._ahead,
             was_written=_WarnOnce(self.binder, self.units),
-            on_closed=functools.partial(_let_go, self.binder, source),
+            on_closed=functools.partial(_let_go, self.binder, self.tables.values(), source),
         )
         named = [(unit.name, reader) for unit, reader in zip(self.units, readers, strict=True)]
+        for table in self.tables.values():
+            table.busy = self.account.busy
         self.driver = self.budget.join(self.account, named, synchronous=options.depth == 0 and not options.shares)
         self.binder.connect(self._access, self._leave)
         self._hook(model, infos)
@@ -113,6 +124,7 @@ class Runtime:
     def report(self) -> Report:
         """What happened so far."""
         counters, budget = self.account.counters, self._pool.budget
+        rows = RowCounters.total(self.tables.values())
         return Report(
             weight_bytes=self._weight_bytes,
             units=len(self.units),
@@ -125,16 +137,19 @@ class Runtime:
             hits=counters.hits,
             mispredictions=counters.mispredictions,
             evictions=counters.evictions,
-            bytes_read=counters.bytes_read,
+            bytes_read=counters.bytes_read + rows.bytes_read,
             read_seconds=self.account.busy.seconds,
-            compute_seconds=max(0.0, counters.inside_seconds - counters.stall_seconds),
-            stalls=counters.stalls,
-            stall_seconds=counters.stall_seconds,
+            compute_seconds=max(0.0, counters.inside_seconds - counters.stall_seconds - rows.seconds),
+            stalls=counters.stalls + rows.stalls,
+            stall_seconds=counters.stall_seconds + rows.seconds,
             overdrafts=budget.overdrafts,
             worst_overdraft_bytes=budget.worst_overdraft_bytes,
             escapes=self._pool.escapes,
             prefetch_depth=self.options.depth,
             direct_io=self._direct,
+            rows_looked_up=rows.looked_up,
+            rows_read=rows.read,
+            row_cache_bytes=sum(table.cache_bytes for table in self.tables.values()),
         )
 
     def expect(self, model: nn.Module, order: Sequence[str]) -> tuple[int, ...]:
@@ -234,7 +249,7 @@ class Runtime:
         """The smallest budget that works. Raises BudgetTooSmallError if there is less."""
         needed = smallest_budget(self.units, [reader.nbytes for reader in readers])
         if needed > self.budget.limit_bytes:
-            largest = max(range(len(self.units)), key=lambda index: readers[index].nbytes)
+            largest = max(range(self._ahead), key=lambda index: readers[index].nbytes)
             size = format_nbytes(readers[largest].nbytes)
             raise BudgetTooSmallError(
                 f"the budget of {self.budget.limit_bytes} bytes ({format_nbytes(self.budget.limit_bytes)}) cannot hold "
@@ -245,6 +260,19 @@ class Runtime:
             )
         return needed
 
+    def _tables(
+        self, infos: Mapping[str, WeightInfo], readers: Sequence[UnitReader], least_bytes: int
+    ) -> dict[str, RowTable]:
+        """The tables that are only looked up, each with its part of the budget for hot rows."""
+        places = [
+            table_place(unit.weights[0], infos[unit.name], self._cast(infos[unit.name].dtype))
+            for unit in self.units[self._ahead :]
+        ]
+        everything = None if self.options.shares else sum(reader.nbytes for reader in readers)
+        sizes = {place.weight: place.nbytes for place in places}
+        shares = cache_shares(sizes, self.budget.limit_bytes, least_bytes, everything)
+        return {place.weight: RowTable(place, self._pool, shares[place.weight]) for place in places}
+
     def _bind(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> Binder:
         described = {
             weight.name: (
@@ -254,7 +282,7 @@ class Runtime:
             for unit in self.units
             for weight in unit.weights
         }
-        return Binder(model, [unit.weights for unit in self.units], described)
+        return Binder(model, [unit.weights for unit in self.units], described, self.tables)
 
     def _hook(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> None:
         modules = dict(model.named_modules())
@@ -312,8 +340,10 @@ class _WarnOnce:
         return written
 
 
-def _let_go(binder: Binder, source: WeightsLoader | CallableLoader) -> None:
+def _let_go(binder: Binder, tables: Collection[RowTable], source: WeightsLoader | CallableLoader) -> None:
     binder.clear()
+    for table in tables:
+        table.close()
     source.close()
 
 

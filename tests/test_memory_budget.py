@@ -112,8 +112,8 @@ def test_memory_goes_to_the_model_that_needs_it_next(parts: dict[str, nn.Module]
     after = {name: odewei.report(model) for name, model in parts.items()}
     read = {name: (after[name].bytes_read - before[name].bytes_read) / LAYER for name in PARTS}
     assert after["unet"].passes - before["unet"].passes == STEPS
-    assert read["encoder"] <= 8
-    assert read["decoder"] <= 6
+    assert read["encoder"] <= 8 + 1  # one may be read ahead and driven out again
+    assert read["decoder"] <= 6 + 1
     # 20 layers under a budget of 16, of which one is in use and one on its way: 4 to 6 misses a step
     assert 4 * (STEPS - 1) <= read["unet"] <= 6.5 * STEPS + 10
 

@@ -113,10 +113,15 @@ class Driver(ABC):
     # -- the driving thread ------------------------------------------------------------------------------------------
 
     def _make_room(self, decision: Decision) -> Slab | None:
-        """Let the victims go, then take a slab. None: somebody still holds their memory; decide again."""
+        """Let the victims go, then take a slab for what is to be fetched.
+
+        None: there is nothing to fetch, or somebody still holds their memory. Decide again.
+        """
         for unit in decision.evict:
             victim = self.ledger.units[unit]
             victim.account.client.retract(victim.place)
+        if decision.fetch is None:
+            return None
         record = self.ledger.units[decision.fetch]
         pool = self.ledger.pool
         return pool.acquire(record.name, record.nbytes, beyond_limit=decision.beyond_limit)
@@ -164,7 +169,13 @@ class SynchronousDriver(Driver):
         pass
 
     def poke(self) -> None:
-        pass
+        if not self.ledger.adapts:
+            return
+        self.ledger.adapt()
+        if self.ledger.pool.budget.free_bytes < 0:
+            with self._turn:
+                while (decision := self.ledger.next_shedding()) is not None:
+                    self._make_room(decision)
 
     def leave_for_good(self, account: Account) -> None:
         self.close()
@@ -178,7 +189,7 @@ class SynchronousDriver(Driver):
                 decision = self.ledger.next_decision()
                 assert decision is not None, "a forward waits, and nothing can be done"
                 slab = self._make_room(decision)
-                if slab is not None:
+                if slab is not None and decision.fetch is not None:
                     self._read(self.ledger.units[decision.fetch], slab)
 
     def _read(self, record: UnitRecord, slab: Slab) -> None:

@@ -339,7 +339,7 @@ class History:
         True if the pointer was too far back for that, and was looked up anew.
         """
         dropped = min(len(self._past) // 2, self._pointer - self._first)
-        jumped = dropped < self._kept // 8
+        jumped = dropped < max(1, self._kept // 8)
         if jumped:
             dropped = len(self._past) // 2
             self._jump(-1)

@@ -44,6 +44,7 @@ class Ledger:
         self._ahead: set[int] = set()  # units fetched before their use, and not used since
         self._ahead_bytes = 0
         self._failed = 0
+        self._idle = 0  # units that are absent and only there on demand
         self._closed: BaseException | None = None
         self._leases = LeaseBook(self._thread_is_outside, self.outlook.forget)
 
@@ -58,12 +59,14 @@ class Ledger:
             if self._closed is not None:
                 return False
             for place, (name, reader) in enumerate(units):
-                record = UnitRecord(next(self._ids), name, reader.nbytes, account, place, reader)
+                on_demand = account.ahead is not None and place >= account.ahead
+                record = UnitRecord(next(self._ids), name, reader.nbytes, account, place, reader, on_demand)
                 self.units[record.id] = record
+                self._idle += on_demand
                 account.units.append(record)
             self.accounts.append(account)
             self._set_windows()
-            self.seed(account, range(len(units)))
+            self.seed(account, range(len(units))[: account.ahead])
             return True
 
     def seed(self, account: Account, order: Sequence[int]) -> None:
@@ -103,7 +106,8 @@ class Ledger:
                 if record.state is State.FAILED:
                     self._move(record, State.ABSENT)
                 assert record.state is State.ABSENT, f"{record.name} is still {record.state.value}"
-                self.units.pop(record.id, None)
+                if self.units.pop(record.id, None) is not None:
+                    self._idle -= record.on_demand
             account.units.clear()
 
     def adapt(self) -> None:
@@ -115,7 +119,8 @@ class Ledger:
             limit = self._auto.changed(
                 budget.limit_bytes,
                 budget.used_bytes,
-                least_bytes=max((account.least_bytes for account in self.accounts), default=1),
+                least_bytes=max((account.least_bytes for account in self.accounts), default=1)
+                + sum(account.pinned_bytes for account in self.accounts),
                 most_bytes=max(1, sum(account.most_bytes for account in self.accounts)),
             )
             if limit is not None:
@@ -193,8 +198,10 @@ class Ledger:
                 record.account.counters.stall_seconds += seconds
 
     def needs_driver(self) -> bool:
-        """Whether there is anything to decide: some unit is neither resident nor failed. Without the lock, a hint."""
-        return len(self._residents) + self._failed < len(self.units) or bool(self._demanded)
+        """Whether there is anything to decide: some unit is neither resident nor failed, nor idle. Without the lock, a
+        hint.
+        """
+        return len(self._residents) + self._failed + self._idle < len(self.units) or bool(self._demanded)
 
     # -- whoever drives: one thread at a time ------------------------------------------------------------------------
 
@@ -208,6 +215,14 @@ class Ledger:
             stuck = wish is not None and wish.demanded and (decision is None or decision.beyond_limit)
             if stuck and self._leases.return_all_stale():
                 decision = self._decide(wish)
+            for unit in decision.evict if decision else ():
+                self._evict(self.units[unit])
+            return decision
+
+    def next_shedding(self) -> Decision | None:
+        """What leaves because the budget has shrunk, moved to ABSENT. The caller unbinds it."""
+        with self.lock:
+            decision = self._decide(None)
             for unit in decision.evict if decision else ():
                 self._evict(self.units[unit])
             return decision
@@ -296,6 +311,7 @@ class Ledger:
             assert self._ahead == {unit.id for unit in ahead}
             assert self._ahead_bytes == sum(unit.nbytes for unit in ahead)
             assert self._failed == sum(unit.state is State.FAILED for unit in records)
+            assert self._idle == sum(unit.state is State.ABSENT for unit in records if unit.on_demand)
             assert set(self._demanded) == {unit.id for unit in records if unit.waiters}
             for unit in records:
                 assert unit.leases >= 0
@@ -309,7 +325,7 @@ class Ledger:
 
     def _set_windows(self) -> None:
         limit = self.pool.budget.limit_bytes
-        largest = max((record.nbytes for record in self.units.values()), default=0)
+        largest = max((record.nbytes for record in self.units.values() if not record.on_demand), default=0)
         for account in self.accounts:
             account.window = window_for(account.depth, limit, largest)
         self._space_out(largest)
@@ -376,8 +392,8 @@ class Ledger:
 
     def _candidates(self, beyond: float) -> Iterator[Candidate]:
         def evictable(unit: int) -> bool:
-            record = self.units[unit]
-            if record.state is not State.RESIDENT or record.leases or record.stays:
+            record = self.units.get(unit)
+            if record is None or record.state is not State.RESIDENT or record.leases or record.stays:
                 return False
             record.stays = record.account.was_written(record.place)
             return not record.stays
@@ -398,6 +414,7 @@ class Ledger:
     def _move(self, record: UnitRecord, state: State) -> None:
         check_move(record.name, record.state, state)
         self._failed += (state is State.FAILED) - (record.state is State.FAILED)
+        self._idle += record.on_demand * ((state is State.ABSENT) - (record.state is State.ABSENT))
         record.state = state
         if state in (State.ABSENT, State.FAILED):
             self._clear_ahead(record)

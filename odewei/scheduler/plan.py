@@ -39,9 +39,12 @@ class Wish(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Evict these, then read that. ``beyond_limit``: no order of evictions makes room, and a forward waits for it."""
+    """Evict these, then read that, if anything.
 
-    fetch: int
+    ``beyond_limit``: no order of evictions makes room, and a forward waits.
+    """
+
+    fetch: int | None
     evict: tuple[int, ...] = ()
     beyond_limit: bool = False
 
@@ -111,8 +114,14 @@ def decide(
     ``room_bytes`` can be had at once. ``reading_bytes`` are being read for nobody in particular, so that they can be
     evicted when they have arrived: a demanded unit waits for that rather than going beyond the limit.
     ``leaving_bytes`` were evicted and are still held by somebody: worth waiting for when prefetching, but never when
-    a forward waits, which may be the very holder.
+    a forward waits, which may be the very holder. Negative room (the budget has shrunk, or a forward had to go beyond
+    it) is won back first, unless a forward waits.
     """
+    if room_bytes + leaving_bytes < 0 and not (wish is not None and wish.demanded):
+        victims = choose_victims(-room_bytes - leaving_bytes, best_to_leave(-1))
+        if victims is None:
+            victims = tuple(candidate.unit for candidate in best_to_leave(-1))
+        return Decision(None, victims) if victims else None
     if wish is None:
         return None
     lacking = wish.nbytes - room_bytes

@@ -197,7 +197,7 @@ class PrefetchingDriver(Driver):
         self.ledger.adapt()
         while not self._closing and (decision := self.ledger.next_decision()) is not None:
             slab = self._make_room(decision)
-            if slab is None:
+            if slab is None or decision.fetch is None:
                 continue
             self.ledger.begin_read(decision.fetch, slab)
             task = asyncio.create_task(self._read(self.ledger.units[decision.fetch], slab))

@@ -100,7 +100,9 @@ class Account:
     ``was_written`` is asked, under the ledger's lock, before a unit may be evicted; ``on_closed`` is called once, by
     the thread that closes, when nothing of the account is read any more. ``closed`` is why it takes no more accesses;
     ``gone`` is set when everything of it has been given back. ``depth``: how many units ahead, None for "auto".
-    ``least_bytes`` must be in memory at one moment; ``most_bytes`` hold all of its weights.
+    ``least_bytes`` must be in memory at one moment; ``most_bytes`` hold all of its weights. ``pinned_bytes`` of the
+    pool are taken until ``on_closed``. The first ``ahead`` units, None for all, are expected to be used; the others are
+    only read when somebody asks.
     """
 
     client: UnitClient
@@ -108,6 +110,8 @@ class Account:
     depth: int | None
     least_bytes: int = 0
     most_bytes: int = 0
+    pinned_bytes: int = 0
+    ahead: int | None = None
     window: Window = field(default_factory=lambda: Window(0, 0))
     was_written: Callable[[int], bool] = lambda unit: False
     on_closed: Callable[[], None] = lambda: None
@@ -140,6 +144,7 @@ class UnitRecord:
     account: Account
     place: int
     reader: UnitReader
+    on_demand: bool = False  # not expected to be used
     state: State = State.ABSENT
     leases: int = 0
     ahead: bool = False  # fetched before its use, and not used since

@@ -147,7 +147,7 @@ class Setup:
         assert isinstance(self.driver, SynchronousDriver)
         while (decision := self.ledger.next_decision()) is not None:
             slab = self.driver._make_room(decision)
-            if slab is not None:
+            if slab is not None and decision.fetch is not None:
                 self.driver._read(self.ledger.units[decision.fetch], slab)
 
     def check(self) -> None:

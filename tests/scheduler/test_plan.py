@@ -70,6 +70,11 @@ def test_decisions_keep_the_rules(
     decision = ask(wish, candidates, room, reading, leaving)
     lacking = wish.nbytes - room
     available = sum(candidate.nbytes for candidate in candidates)
+    if room + leaving < 0 and not wish.demanded:
+        evicted = sum(candidates[unit].nbytes for unit in decision.evict) if decision else 0
+        assert decision is None or (decision.fetch is None and decision.evict), "more leaves or nothing happens"
+        assert evicted >= -room - leaving or evicted == available, "as much leaves as the budget lacks"
+        return
     if lacking <= 0:
         assert decision == Decision(wish.unit)
     elif wish.demanded:

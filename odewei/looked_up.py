@@ -1,0 +1,145 @@
+"""The weight of a table that is only looked up: ``F.embedding`` on it reads the rows that the ids ask for.
+
+It is what a module's attribute *and* iterating its parameters hand out for such a table. What is done with it decides,
+not which module does it: a look-up takes rows; questions about shape, dtype, device and the like are answered at once;
+anything else loads the whole table and goes on with the real tensor. That happens where torch calls a function, above
+its decompositions, so that every function runs as it does for a resident model, to the last bit.
+
+Look-ups whose ids are not plain numbers in memory (under ``vmap``, tracers and dispatch modes, which want to see every
+operation) take the whole table too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+
+from odewei.placeholder import Fetch, Placeholder, with_real
+from odewei.scheduler.row_slots import Ids
+from odewei.scheduler.rows import RowTable
+
+__all__ = ["LookedUp"]
+
+_DESCRIPTION = """
+    __len__ device dim dtype element_size get_device grad grad_fn is_complex is_conj is_contiguous is_cpu is_cuda
+    is_floating_point is_inference is_leaf is_meta is_mkldnn is_mps is_neg is_nested is_pinned is_quantized is_signed
+    is_sparse is_sparse_csr is_xla is_xpu itemsize layout name nbytes ndim ndimension nelement numel output_nr
+    requires_grad requires_grad_ retains_grad shape size storage_offset stride
+"""
+
+
+def _functions(name: str) -> Iterator[Any]:
+    """What torch calls when a tensor is asked for this: a method, a property's getter and setter, or a function."""
+    of_tensor = getattr(torch.Tensor, name)
+    yield of_tensor if callable(of_tensor) else of_tensor.__get__
+    if name in ("grad", "requires_grad"):
+        yield of_tensor.__set__
+    function = getattr(torch, name, None)
+    if callable(function) and not isinstance(function, type):
+        yield function
+
+
+_ANSWERED = frozenset(function for name in _DESCRIPTION.split() for function in _functions(name))
+"""What is answered without loading anything: the table's description."""
+
+
+class LookedUp(Placeholder):
+    """Made with :meth:`of`."""
+
+    _table: RowTable
+    _resident: Callable[[], nn.Parameter | None]
+
+    @classmethod
+    def of(cls, table: RowTable, fetch: Fetch, resident: Callable[[], nn.Parameter | None]) -> LookedUp:
+        """``fetch`` as for Placeholder. ``resident`` returns the real tensor if it is loaded now: the user may have
+        written into it.
+        """
+        place = table.place
+        made = cls.make(place.weight, (place.rows, place.columns), place.dtype, None, fetch)
+        made._table, made._resident = table, resident
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _ANSWERED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        arguments = _LOOK_UPS.get(func)
+        found = arguments and _look_up(func, *arguments(*args, **(kwargs or {})))
+        return with_real(func, args, kwargs) if found is None else found
+
+
+def _of_functional(
+    input: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[Any, Any, int | None, bool]:
+    """The signature of ``torch.nn.functional.embedding``. Ids, table, padding, and whether the call writes."""
+    return input, weight, padding_idx, max_norm is not None
+
+
+def _of_torch(
+    weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> tuple[Any, Any, int | None, bool]:
+    """That of ``torch.embedding``, which does not look at ``padding_idx`` when it goes forward."""
+    return indices, weight, None, False
+
+
+_LOOK_UPS: dict[Callable[..., Any], Callable[..., tuple[Any, Any, int | None, bool]]] = {
+    nn.functional.embedding: _of_functional,
+    torch.embedding: _of_torch,
+}
+
+
+@_disable_dynamo  # a compiler that looks inside would trace the reading
+def _look_up(func: Callable[..., Any], ids: Any, weight: Any, padding_idx: int | None, writes: bool) -> Any:
+    """The rows, or None: this call needs the whole table. Weights are frozen, so what only backward uses is not."""
+    if not isinstance(weight, LookedUp) or type(ids) is not torch.Tensor or writes or _is_watched():
+        return None
+    real = weight._resident()
+    if real is not None:
+        return _call(func, ids, real, padding_idx)
+    place = weight._table.place
+    rows = _as_rows(ids, place.rows)
+    if rows is None or not (padding_idx is None or -place.rows <= padding_idx < place.rows):
+        like = torch.empty((1, 1), dtype=place.dtype, device="cpu").expand(place.rows, place.columns)
+        _call(func, ids, like, padding_idx)  # raises what it would raise for the table
+        return None
+    return weight._table.look_up(rows).view(*ids.shape, place.columns)
+
+
+def _call(func: Callable[..., Any], ids: torch.Tensor, table: torch.Tensor, padding_idx: int | None) -> Any:
+    if func is torch.embedding:
+        return func(table, ids)
+    return func(ids, table, padding_idx)
+
+
+def _as_rows(ids: torch.Tensor, rows: int) -> Ids | None:
+    """The ids as one stretch of row numbers; None if torch would not accept them, or they are not there to be seen."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        return None
+    try:
+        found = ids.numpy().reshape(-1).astype(np.int64, copy=False)
+    except (RuntimeError, TypeError):  # no values in host memory: batched, fake, meta, another device or layout
+        return None
+    return found if not len(found) or (found.min() >= 0 and found.max() < rows) else None
+
+
+def _is_watched() -> bool:
+    """Whether somebody records operations, or replaces them: rows that come from nowhere would mislead them."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
