@@ -167,9 +167,12 @@ class Outlook:
     def _spare_of_same_loop(self, staying: int, distance: float) -> Candidates:
         """Units that may leave instead of one that stays, for the same number of reads: they are used as often."""
         loop = distance + self._step - self._regularity.last_use(staying)
+        if abs(self._regularity.interval(staying) - loop) > loop / 8:
+            return  # it was decided for another loop
         for unit in self._spacing.spare():
             distance = self.next_use(unit)
-            if abs(distance + self._step - self._regularity.last_use(unit) - loop) <= loop / 8:
+            both = (distance + self._step - self._regularity.last_use(unit), self._regularity.interval(unit))
+            if all(abs(each - loop) <= loop / 8 for each in both):
                 yield unit, distance
 
     # -- merging -----------------------------------------------------------------------------------------------------
@@ -199,7 +202,8 @@ class Outlook:
 
     def _take_out(self, unit: int) -> None:
         """A unit has become irregular: histories know nothing of it any more."""
-        if any(history.unmark(unit) for history in self._live.values()):
+        marked = [history.unmark(unit) for history in self._live.values()]  # in all of them
+        if any(marked):
             self._rare.put(unit)
 
     def _pace(self, thread: Hashable) -> float:

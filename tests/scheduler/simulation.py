@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import count, islice, pairwise
 
 from odewei.scheduler.budget import Budget
 from odewei.scheduler.ledger import Ledger
@@ -63,6 +63,7 @@ class _Thread:
     passes: Iterator[Iterable[Access]]
     local: threading.local = field(default_factory=threading.local)
     accesses: Iterator[Access] = field(default_factory=lambda: iter(()))
+    account: Account | None = None
     unit: int | None = None
     seconds: float = 0.0
     waiter: Waiter | None = None
@@ -71,19 +72,31 @@ class _Thread:
 
 
 class Simulation:
-    """Units of ``sizes`` bytes under a budget of ``limit`` bytes. ``run`` may be called again and goes on."""
+    """Units of ``sizes`` bytes under a budget of ``limit`` bytes. ``run`` may be called again and goes on.
+
+    ``models``: how many of the units each model has, in their order; all are one model's by default. A pass is one of
+    the model that has its first unit.
+    """
 
     def __init__(
-        self, sizes: Sequence[int], limit: int, window: Window, disk: Disk, seed: Sequence[int] | None = None
+        self,
+        sizes: Sequence[int],
+        limit: int,
+        window: Window,
+        disk: Disk,
+        seed: Sequence[int] | None = None,
+        models: Sequence[int] = (),
     ) -> None:
         self.pool = SlabPool(Budget(limit))
         self.ledger = Ledger(self.pool)
         self.disk = disk
-        self.account = Account(FakeClient(), FileTable(direct=False, scratch_bytes=4096), window.depth)
-        assert self.ledger.join(
-            self.account, [(f"unit{unit}", FakeUnit(unit, size, [])) for unit, size in enumerate(sizes)]
-        )
-        self.account.window = window
+        units = iter([(f"unit{unit}", FakeUnit(unit, size, [])) for unit, size in enumerate(sizes)])
+        for number in models or [len(sizes)]:
+            account = Account(FakeClient(), FileTable(direct=False, scratch_bytes=4096), window.depth)
+            assert self.ledger.join(account, list(islice(units, number)))
+        for account in self.ledger.accounts:
+            account.window = window
+        self.account = self.ledger.accounts[0]
         self.ledger._space_out(max(sizes))
         if seed is not None:
             self.ledger.seed(self.account, seed)
@@ -123,10 +136,12 @@ class Simulation:
         accesses = next(thread.passes, None)
         if accesses is None:
             return
-        self._as(thread)
-        self.ledger.enter_pass(self.account, self._frame)
+        accesses = list(accesses)
         thread.accesses = iter(accesses)
-        totals = Outcome(self.now, 0.0, self.account.counters.bytes_read, idle=self._idle_until_now())
+        thread.account = self.ledger.units[accesses[0][0]].account if accesses else self.account
+        self._as(thread)
+        self.ledger.enter_pass(thread.account, self._frame)
+        totals = Outcome(self.now, 0.0, self._bytes_read(), idle=self._idle_until_now())
         thread.outcomes.append(totals)
         self._next_access(thread)
 
@@ -135,9 +150,10 @@ class Simulation:
         access = next(thread.accesses, None)
         outcome = thread.outcomes[-1]
         if access is None:
-            self.ledger.leave_pass(self.account)
+            assert thread.account is not None
+            self.ledger.leave_pass(thread.account)
             outcome.seconds = self.now - outcome.seconds
-            outcome.bytes_read = self.account.counters.bytes_read - outcome.bytes_read
+            outcome.bytes_read = self._bytes_read() - outcome.bytes_read
             outcome.idle = self._idle_until_now() - outcome.idle
             self._begin_pass(thread)
             return
@@ -205,6 +221,9 @@ class Simulation:
             self._bound[unit] = self.pool.lend(slab)
             self.ledger.arrive(unit)
             self._wake()
+
+    def _bytes_read(self) -> int:
+        return sum(account.counters.bytes_read for account in self.ledger.accounts)
 
     def _idle_until_now(self) -> float:
         busy = self._busy + (self.now - self._busy_since if self._free_readers < self.disk.readers else 0.0)
