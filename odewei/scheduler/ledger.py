@@ -6,7 +6,6 @@ read, copied, allocated or bound while it is held. Order of locks: ledger, then 
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -15,9 +14,10 @@ from odewei.errors import ClosedError
 from odewei.scheduler.leases import LeaseBook, ThreadLeases
 from odewei.scheduler.machine import AutoLimit
 from odewei.scheduler.outlook import Outlook
-from odewei.scheduler.plan import Candidate, Decision, Wish, decide, window_for
+from odewei.scheduler.plan import Candidate, Decision, Wish, decide
 from odewei.scheduler.reader import UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
+from odewei.scheduler.roster import Roster
 from odewei.scheduler.slabs import Slab, SlabPool
 from odewei.scheduler.states import State, check_move
 
@@ -32,12 +32,10 @@ class Ledger:
     def __init__(self, pool: SlabPool, auto: AutoLimit | None = None) -> None:
         """``auto``: adapts the budget while models run."""
         self.pool = pool
-        self._auto = auto
         self.lock = threading.RLock()  # a finalizer may close the ledger in a thread that holds it
-        self.accounts: list[Account] = []
-        self.units: dict[int, UnitRecord] = {}
         self.outlook = Outlook()
-        self._ids = itertools.count()
+        self.roster = Roster(pool, self.outlook, auto)
+        self.accounts, self.units = self.roster.accounts, self.roster.units
         self._residents: set[int] = set()
         self._demanded: dict[int, UnitRecord] = {}
         self._reading_bytes = 0
@@ -58,25 +56,14 @@ class Ledger:
         with self.lock:
             if self._closed is not None:
                 return False
-            for place, (name, reader) in enumerate(units):
-                on_demand = account.ahead is not None and place >= account.ahead
-                record = UnitRecord(next(self._ids), name, reader.nbytes, account, place, reader, on_demand)
-                self.units[record.id] = record
-                self._idle += on_demand
-                account.units.append(record)
-            self.accounts.append(account)
-            self._set_windows()
-            self.seed(account, range(len(units))[: account.ahead])
+            self.roster.add(account, units)
+            self._idle += sum(record.on_demand for record in account.units)
             return True
 
     def seed(self, account: Account, order: Sequence[int]) -> None:
-        """The order in which the units of a model, by their places in it, are expected to be entered in one pass.
-
-        Models are expected to run in the order in which they have come.
-        """
+        """The order in which the units of a model, by their places in it, are expected to be entered in one pass."""
         with self.lock:
-            account.order = tuple(account.units[place].id for place in order)
-            self.outlook.seed([unit for each in self.accounts for unit in each.order])
+            self.roster.seed(account, order)
 
     def depart(self, account: Account, reason: BaseException) -> bool:
         """A model goes: those who wait for its units get ``reason``, and its residents become absent.
@@ -90,13 +77,12 @@ class Ledger:
                 return False
             if account not in self.accounts:
                 return True
-            self.accounts.remove(account)
+            self.roster.remove(account)
             account.closed = reason
             for record in account.units:
                 self._wake(record, reason)
                 if record.state is State.RESIDENT:
                     self._evict(record)
-            self.outlook.seed([unit for each in self.accounts for unit in each.order])
             return True
 
     def forget(self, account: Account) -> None:
@@ -106,31 +92,18 @@ class Ledger:
                 if record.state is State.FAILED:
                     self._move(record, State.ABSENT)
                 assert record.state is State.ABSENT, f"{record.name} is still {record.state.value}"
-                if self.units.pop(record.id, None) is not None:
-                    self._idle -= record.on_demand
-            account.units.clear()
+            self._idle -= sum(record.on_demand for record in self.roster.strike(account))
 
     def adapt(self) -> None:
         """Have an "auto" budget follow what is available, now and then."""
-        if self._auto is None:
-            return
-        with self.lock:
-            budget = self.pool.budget
-            limit = self._auto.changed(
-                budget.limit_bytes,
-                budget.used_bytes,
-                least_bytes=max((account.least_bytes for account in self.accounts), default=1)
-                + sum(account.pinned_bytes for account in self.accounts),
-                most_bytes=max(1, sum(account.most_bytes for account in self.accounts)),
-            )
-            if limit is not None:
-                self.pool.set_limit(limit)
-                self._set_windows()
+        if self.adapts:
+            with self.lock:
+                self.roster.adapt()
 
     @property
     def adapts(self) -> bool:
         """Whether the budget may change while nothing else happens."""
-        return self._auto is not None
+        return self.roster.auto is not None
 
     def resize(self, unit: int, nbytes: int) -> None:
         """A unit turned out to need other room. Only while it is absent or being read."""
@@ -322,18 +295,6 @@ class Ledger:
         return f"<Ledger of {len(self.units)} units, {len(self._residents)} resident, {len(self._demanded)} demanded>"
 
     # -- under the lock ----------------------------------------------------------------------------------------------
-
-    def _set_windows(self) -> None:
-        limit = self.pool.budget.limit_bytes
-        largest = max((record.nbytes for record in self.units.values() if not record.on_demand), default=0)
-        for account in self.accounts:
-            account.window = window_for(account.depth, limit, largest)
-        self._space_out(largest)
-
-    def _space_out(self, largest: int) -> None:
-        """What is used now and what is ahead has to move; the rest may stay. Without a window only bytes count."""
-        moving = max((account.window.most_bytes(largest) for account in self.accounts), default=0)
-        self.outlook.keep(max(0, self.pool.budget.limit_bytes - moving - largest) if moving else 0)
 
     def _open_record(self, unit: int) -> UnitRecord:
         record = self.units.get(unit)

@@ -79,7 +79,7 @@ def adapting() -> Iterator[tuple[Setup, Machine]]:
     with started([PAGE] * 8, 8 * PAGE) as setup:
         machine.budget = setup.budget
         machine.fits(8 * PAGE)
-        setup.ledger._auto = machine.limit()
+        setup.ledger.roster.auto = machine.limit()
         setup.account.least_bytes, setup.account.most_bytes = PAGE, 8 * PAGE
         yield setup, machine
 
