@@ -76,13 +76,17 @@ class Roster:
         self._outlook.seed([unit for account in self.accounts for unit in account.order])
 
     def _set_windows(self) -> None:
-        """What is used now and what is ahead has to move; the rest may stay. Without a window only bytes count."""
         limit = self._pool.budget.limit_bytes
         largest = max((record.nbytes for record in self.units.values() if not record.on_demand), default=0)
         for account in self.accounts:
             account.window = window_for(account.depth, limit, largest)
-        moving = max((account.window.most_bytes(largest) for account in self.accounts), default=0)
-        self._outlook.keep(max(0, limit - moving - largest) if moving else 0)
+        self.space_out(largest)
+
+    def space_out(self, largest_bytes: int) -> None:
+        """What is used now and what is ahead has to move; the rest may stay. Without a window only bytes count."""
+        limit = self._pool.budget.limit_bytes
+        moving = max((account.window.most_bytes(largest_bytes) for account in self.accounts), default=0)
+        self._outlook.keep(max(0, limit - moving - largest_bytes) if moving else 0)
 
     def __repr__(self) -> str:
         return f"<Roster of {len(self.accounts)} models, {len(self.units)} units>"

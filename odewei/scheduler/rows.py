@@ -2,8 +2,7 @@
 
 A row is a few KiB somewhere in a file, and a look-up waits for it, so what counts is how many reads are in flight. The
 rows are announced to the kernel (``POSIX_FADV_WILLNEED``) some way ahead of being copied out of its page cache: that
-keeps the disk's queue full from one thread, without waking any other. Measured cold, it is two to six times as fast as
-direct reads one after another, and faster than four reader threads (docs/design/0003-embedding-rows.md). The cache's
+keeps the disk's queue full from one thread, without waking any other. The cache's
 pages are the kernel's, not the budget's: it takes them back whenever it needs them.
 
 Knows a file, rows, slots. Knows nothing of modules, units or the scheduler, and starts no thread.

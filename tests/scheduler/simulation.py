@@ -97,7 +97,7 @@ class Simulation:
         for account in self.ledger.accounts:
             account.window = window
         self.account = self.ledger.accounts[0]
-        self.ledger._space_out(max(sizes))
+        self.ledger.roster.space_out(max(sizes))
         if seed is not None:
             self.ledger.seed(self.account, seed)
         self.now = 0.0
