@@ -74,7 +74,7 @@ class Spacing:
         if abs(round_bytes - self._decided[unit]) <= near or abs(round_bytes - self._round[unit]) > near:
             return
         self._decided[unit] = round_bytes
-        self._error += nbytes * min(1.0, self._keep / round_bytes)
+        self._error += nbytes * min(1.0, self._keep / max(1, round_bytes))  # a loop of empty units has no bytes
         self._stays[unit] = self._error >= nbytes / 2
         if self._stays[unit]:
             self._error -= nbytes

@@ -67,3 +67,13 @@ def test_spare_are_the_present_ones_that_need_not_stay() -> None:
     spacing.note_eviction(spare[0])
     assert next(iter(spacing.spare())) == spare[1]
     assert not spacing.stays(1_000_000)
+
+
+def test_units_without_bytes_are_no_loop() -> None:
+    """A loop of empty units can be asked about like any other."""
+    spacing = Spacing()
+    spacing.keep(100)
+    for _ in range(4):
+        for unit in range(3):
+            spacing.note_access(unit, 0)
+    assert not spacing.stays(7)
