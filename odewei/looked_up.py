@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._compile import _disable_dynamo
 
 from odewei.placeholder import Fetch, Placeholder, with_real
 from odewei.scheduler.row_slots import Ids
@@ -75,9 +74,15 @@ class LookedUp(Placeholder):
         if func in _ANSWERED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        arguments = _LOOK_UPS.get(func)
-        found = arguments and _look_up(func, *arguments(*args, **(kwargs or {})))
-        return with_real(func, args, kwargs) if found is None else found
+        if torch.compiler.is_compiling():  # reading is nothing to be compiled: the graph breaks here
+            return torch.compiler.disable(_answer)(func, args, kwargs)  # type: ignore[no-untyped-call]
+        return _answer(func, args, kwargs)
+
+
+def _answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
+    arguments = _LOOK_UPS.get(func)
+    found = arguments and _look_up(func, *arguments(*args, **(kwargs or {})))
+    return with_real(func, args, kwargs) if found is None else found
 
 
 def _of_functional(
@@ -106,10 +111,9 @@ _LOOK_UPS: dict[Callable[..., Any], Callable[..., tuple[Any, Any, int | None, bo
 }
 
 
-@_disable_dynamo  # a compiler that looks inside would trace the reading
 def _look_up(func: Callable[..., Any], ids: Any, weight: Any, padding_idx: int | None, writes: bool) -> Any:
     """The rows, or None: this call needs the whole table. Weights are frozen, so what only backward uses is not."""
-    if not isinstance(weight, LookedUp) or type(ids) is not torch.Tensor or writes or _is_watched():
+    if not isinstance(weight, LookedUp) or type(ids) not in (torch.Tensor, nn.Parameter) or writes or _is_watched():
         return None
     real = weight._resident()
     if real is not None:

@@ -408,12 +408,13 @@ def test_after_close(make: Make) -> None:
     assert table._pool.room_bytes() == table._pool.budget.limit_bytes
 
 
-def test_closing_lets_look_ups_end(make: Make, disk: Disk, values: torch.Tensor) -> None:
+def test_closing_lets_look_ups_end(make: Make, disk: Disk, file: CheckpointFile, values: torch.Tensor) -> None:
     """A look-up that is under way when the table is closed returns its rows; only then does the file close."""
     table = make()
     disk.meanwhile = table.close
     assert torch.equal(table.look_up(numbers(1, 5)), values[[1, 5]])
     disk.meanwhile = lambda: None
+    assert not table._mine().files.is_open(file)
     with pytest.raises(ClosedError):
         table.look_up(numbers(1))
 
