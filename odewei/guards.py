@@ -6,6 +6,7 @@ nothing is let pass. Knows modules and dtypes only.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ def guard(module: nn.Module, dtypes: Collection[torch.dtype]) -> None:
     """Have ``module._apply`` accept only functions that leave tensors of these dtypes as they are."""
     samples = [torch.empty(1, dtype=dtype) for dtype in dtypes]
     kind = type(module).__name__
+    alive = weakref.ref(module)  # a guarded module must not wait for the collector when it is dropped
 
     def apply_if_nothing_changes(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         for sample in samples:
@@ -33,7 +35,9 @@ def guard(module: nn.Module, dtypes: Collection[torch.dtype]) -> None:
                     module=kind,
                     cure="Pass dtype= to init_on_demand_weights_model, or call odewei.materialize(model) first",
                 )
-        return module
+        guarded = alive()
+        assert guarded is not None, "the guard hangs on the module"
+        return guarded
 
     module.__dict__["_apply"] = apply_if_nothing_changes
 

@@ -90,7 +90,13 @@ class Placeholder(torch.Tensor):
 
 def with_real(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
     """Call ``func`` with the real tensor in place of every placeholder, loaded if need be and leased until it ends."""
-    frame = sys._getframe()
+    return _call_leased(func, args, dict(kwargs or {}), sys._getframe())
+
+
+def _call_leased(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
+    """``frame`` is the caller's, at whose end the leases end: a frame that held itself would keep the tensors until the
+    collector comes by.
+    """
     releases: list[Callable[[], None]] = []
 
     def real(placeholder: Placeholder) -> torch.Tensor:
@@ -100,7 +106,7 @@ def with_real(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
 
     try:
         args = tree_map_only(Placeholder, real, args)
-        return func(*args, **tree_map_only(Placeholder, real, dict(kwargs or {})))
+        return func(*args, **tree_map_only(Placeholder, real, kwargs))
     finally:
         for release in reversed(releases):
             release()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -231,3 +233,20 @@ def test_converting_and_copying_are_refused(pair: tuple[nn.Module, nn.Module]) -
     assert zoo.same_bits(zoo.outputs(streamed, _inputs()), zoo.outputs(model, _inputs()))
     odewei.materialize(streamed)
     assert pickle.loads(pickle.dumps(streamed)).half().lm_head.weight.dtype is torch.float16
+
+
+def test_an_operation_on_a_placeholder_keeps_nothing(pair: tuple[nn.Module, nn.Module]) -> None:
+    """What it worked on is free the moment it ends, without the collector: memory of weights cannot wait for that."""
+    _, streamed = pair
+    placeholder = next(iter(streamed.parameters()))
+    gc.collect()
+    gc.disable()
+    try:
+        argument = torch.ones(placeholder.shape)
+        gone = weakref.ref(argument)
+        with torch.no_grad():
+            torch.add(placeholder, argument)
+        del argument
+        assert gone() is None
+    finally:
+        gc.enable()
