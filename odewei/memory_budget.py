@@ -64,6 +64,13 @@ class MemoryBudget:
         return self._pool.budget.peak_bytes
 
     @property
+    def pinned_bytes(self) -> int:
+        """What models keep of it for as long as they live (rows of tables). For the runtime of a model."""
+        with self._lock:
+            accounts = [] if self._driver is None else list(self._driver.ledger.accounts)
+        return sum(account.pinned_bytes for account in accounts)
+
+    @property
     def pool(self) -> SlabPool:
         """For the runtime of a model."""
         return self._pool

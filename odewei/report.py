@@ -23,6 +23,8 @@ class Report:
       ``worst_overdraft_bytes`` at most. ``escapes``: units whose memory somebody held on to after they had left.
     - ``rows_looked_up``: rows that look-ups in embedding tables asked for, of which ``rows_read`` were read; the others
       were kept in ``row_cache_bytes`` of the budget.
+    - ``budget_bytes``, ``peak_bytes``, ``overdrafts`` and ``escapes`` are those of the whole budget, also where several
+      models share it; everything else is this model's own.
     - ``buffer_bytes``: buffers, which are loaded once and are not part of the budget.
     """
 

@@ -11,6 +11,7 @@ import logging
 import os
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
@@ -94,26 +95,19 @@ class Runtime:
         readers = [self._reader(unit, infos, sizes) for unit in self.units]
         least_bytes = self._least_bytes(readers)
         self.tables = self._tables(infos, readers, least_bytes)
-        self.binder = self._bind(model, infos)
-        self.account = Account(
-            self.binder,
-            FileTable(direct=self._direct, scratch_bytes=_SCRATCH_BYTES),
-            options.depth,
-            least_bytes,
-            most_bytes,
-            sum(table.cache_bytes for table in self.tables.values()),
-            self._ahead,
-            was_written=_WarnOnce(self.binder, self.units),
-            on_closed=functools.partial(_let_go, self.binder, self.tables.values(), source),
-        )
-        named = [(unit.name, reader) for unit, reader in zip(self.units, readers, strict=True)]
-        for table in self.tables.values():
-            table.busy = self.account.busy
-        self.driver = self.budget.join(self.account, named, synchronous=options.depth == 0 and not options.shares)
-        self.binder.connect(self._access, self._leave)
-        self._hook(model, infos)
         self.order: tuple[str, ...] | None = None  # the modules that a pass enters, where that was found out before it
-        self._expect_saved_order(model)
+        with ExitStack() as undo:  # what a failure from here on would leave behind in a budget that others share
+            for table in self.tables.values():
+                undo.callback(table.close)
+            self.binder = self._bind(model, infos)
+            self.account = self._make_account(least_bytes, most_bytes)
+            named = [(unit.name, reader) for unit, reader in zip(self.units, readers, strict=True)]
+            self.driver = self.budget.join(self.account, named, synchronous=options.depth == 0 and not options.shares)
+            undo.callback(self.driver.leave_for_good, self.account)
+            self.binder.connect(self._access, self._leave)
+            self._hook(model, infos)
+            self._expect_saved_order(model)
+            undo.pop_all()
         _runtimes[model] = self
         self._finalizer = weakref.finalize(model, self.driver.leave_for_good, self.account)
         self.driver.start()
@@ -247,7 +241,8 @@ class Runtime:
 
     def _least_bytes(self, readers: Sequence[UnitReader]) -> int:
         """The smallest budget that works. Raises BudgetTooSmallError if there is less."""
-        needed = smallest_budget(self.units, [reader.nbytes for reader in readers])
+        least = smallest_budget(self.units, [reader.nbytes for reader in readers])
+        needed = least + self.budget.pinned_bytes
         if needed > self.budget.limit_bytes:
             largest = max(range(self._ahead), key=lambda index: readers[index].nbytes)
             size = format_nbytes(readers[largest].nbytes)
@@ -258,7 +253,7 @@ class Runtime:
                 weight=max(self.units[largest].weights, key=lambda weight: weight.parameter.numel()).name,
                 cure=f"The smallest memory_budget that works is {needed} bytes ({format_nbytes(needed)})",
             )
-        return needed
+        return least
 
     def _tables(
         self, infos: Mapping[str, WeightInfo], readers: Sequence[UnitReader], least_bytes: int
@@ -270,8 +265,25 @@ class Runtime:
         ]
         everything = None if self.options.shares else sum(reader.nbytes for reader in readers)
         sizes = {place.weight: place.nbytes for place in places}
-        shares = cache_shares(sizes, self.budget.limit_bytes, least_bytes, everything)
+        free_bytes = self.budget.limit_bytes - self.budget.pinned_bytes
+        shares = cache_shares(sizes, free_bytes, least_bytes, everything)
         return {place.weight: RowTable(place, self._pool, shares[place.weight]) for place in places}
+
+    def _make_account(self, least_bytes: int, most_bytes: int) -> Account:
+        account = Account(
+            self.binder,
+            FileTable(direct=self._direct, scratch_bytes=_SCRATCH_BYTES),
+            self.options.depth,
+            least_bytes,
+            most_bytes,
+            sum(table.cache_bytes for table in self.tables.values()),
+            self._ahead,
+            was_written=_WarnOnce(self.binder, self.units),
+            on_closed=functools.partial(_let_go, self.binder, self.tables.values(), self._source),
+        )
+        for table in self.tables.values():
+            table.busy = account.busy
+        return account
 
     def _bind(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> Binder:
         described = {

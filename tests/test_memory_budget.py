@@ -217,6 +217,61 @@ def test_depth_zero_among_others(
     odewei.close(never)
 
 
+class WithTable(nn.Module):
+    """A table of 2 MiB that is only looked up, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16384, WIDTH)
+        self.layer = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.table(ids))
+
+
+class Wide(nn.Module):
+    """One layer of 169 KiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(208, 208, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def test_what_others_keep_for_good_is_no_room(tmp_path: Path) -> None:
+    """The rows of one model's table are not promised to the next one; when that model goes, they are room again."""
+    budget = odewei.MemoryBudget(64 * LAYER)
+    table = str(models.save(models.resident(WithTable), tmp_path / "table.safetensors"))
+    wide = str(models.save(models.resident(Wide), tmp_path / "wide.safetensors"))
+    first = init_on_demand_weights_model(WithTable, table, memory_budget=budget)
+    assert 0 < budget.pinned_bytes < 32 * LAYER
+    with pytest.raises(BudgetTooSmallError):
+        init_on_demand_weights_model(Wide, wide, memory_budget=budget)
+    odewei.close(first)
+    odewei.close(init_on_demand_weights_model(Wide, wide, memory_budget=budget))
+    assert budget.used_bytes == 0
+
+
+def test_a_model_that_fails_to_join_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error half way through building gives back what was reserved, and the others never see its units."""
+    budget = odewei.MemoryBudget(64 * LAYER)
+    table = str(models.save(models.resident(WithTable), tmp_path / "table.safetensors"))
+    steady = init_on_demand_weights_model(WithTable, table, memory_budget=budget).eval()
+    pinned, units = budget.pinned_bytes, len(runtime_of(steady).driver.ledger.units)
+    for name in ("_bind", "_hook"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"odewei.runtime.Runtime.{name}", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                init_on_demand_weights_model(WithTable, table, memory_budget=budget)
+        assert (budget.pinned_bytes, len(runtime_of(steady).driver.ledger.units)) == (pinned, units)
+    with torch.no_grad():
+        steady(torch.arange(3))
+    odewei.close(steady)
+    assert budget.used_bytes == 0
+
+
 def test_what_cannot_work_is_refused(paths: dict[str, str]) -> None:
     """Nonsense sizes, and a model whose largest step the shared budget cannot hold; the others go on."""
     for nonsense in ("much", -1, 0, True, 1.5):
