@@ -330,12 +330,16 @@ class Ledger:
         if found is None:
             return None
         record = self.units[found[0]]
-        is_open = record.account.window.is_open(len(self._ahead), self._ahead_bytes, record.nbytes)
-        # What is fetched early drives something out early, hence the window. Empty room has no such price.
-        fills_room = record.account.depth is None and record.nbytes <= self.pool.room_bytes()
-        if not is_open and not fills_room:
+        if not self._may_fetch_ahead(record):
             return None
         return Wish(record.id, record.nbytes, found[1], False)
+
+    def _may_fetch_ahead(self, record: UnitRecord) -> bool:
+        """Whether the window is open, or there is empty room: only where something is driven out has haste a price."""
+        account = record.account
+        if account.window.is_open(len(self._ahead), self._ahead_bytes, record.nbytes):
+            return True
+        return account.depth is None and record.nbytes <= self.pool.room_bytes()
 
     def _is_missing(self, unit: int) -> bool:
         """Whether the unit is worth fetching ahead."""

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["FOR_WEIGHTS", "AutoLimit", "available_bytes"]
+__all__ = ["FOR_WEIGHTS", "SECONDS_BETWEEN_LOOKS", "AutoLimit", "available_bytes"]
 
 FOR_WEIGHTS = 0.8
 """The part of the available memory that "auto" gives to weights; the rest is for activations and everybody else."""
 
-_SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LOOKS = 1.0
+"""How often an "auto" budget looks at what is available, at most."""
+
 _WORTH_A_CHANGE = 1 / 16  # of the limit; activations come and go, and no unit should with them
 
 
@@ -30,7 +32,7 @@ class AutoLimit:
     def __init__(self, available: Callable[[], int] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._available = available_bytes if available is None else available
         self._clock = clock
-        self._looked = -_SECONDS_BETWEEN_LOOKS
+        self._looked = -SECONDS_BETWEEN_LOOKS
 
     def fitting(self, used_bytes: int) -> int:
         """The limit that fits now, when weights hold ``used_bytes``."""
@@ -39,7 +41,7 @@ class AutoLimit:
 
     def changed(self, limit_bytes: int, used_bytes: int, *, least_bytes: int, most_bytes: int) -> int | None:
         """Another limit than ``limit_bytes``, between least and most, if it is time to look and worth a change."""
-        if self._clock() - self._looked < _SECONDS_BETWEEN_LOOKS:
+        if self._clock() - self._looked < SECONDS_BETWEEN_LOOKS:
             return None
         wanted = max(least_bytes, min(most_bytes, self.fitting(used_bytes)))
         if abs(wanted - limit_bytes) <= limit_bytes * _WORTH_A_CHANGE and wanted not in (least_bytes, most_bytes):

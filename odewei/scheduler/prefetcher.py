@@ -26,14 +26,13 @@ from odewei.errors import ClosedError
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.drivers import Driver, was_closed
 from odewei.scheduler.ledger import Ledger
+from odewei.scheduler.machine import SECONDS_BETWEEN_LOOKS
 from odewei.scheduler.read_queue import Batch, ReadQueue
 from odewei.scheduler.reader import FileTable, cannot_read
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slabs import Slab
 
 __all__ = ["PrefetchingDriver"]
-
-_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class PrefetchingDriver(Driver):
@@ -169,7 +168,7 @@ class PrefetchingDriver(Driver):
         """Wake up once a second, for a budget that follows what the machine can spare."""
         if not self._closing:
             self._awake.set()
-            self._loop.call_later(_SECONDS_BETWEEN_LOOKS, self._look_again)
+            self._loop.call_later(SECONDS_BETWEEN_LOOKS, self._look_again)
 
     async def _end(self, workers: Sequence[asyncio.Task[None]]) -> None:
         """Let the readers end what they are doing, and drop the rest. Nothing is cancelled half way."""
