@@ -62,10 +62,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # The extra "bench", one by one: a peer that cannot be installed is reported as not run.
 $(PEERS): $(INSTALLED)
-	@for peer in accelerate airllm; do \
-		$(PIP_INSTALL) $$peer || echo "$$peer cannot be installed; the report will say so" >&2; \
-	done
-	@touch $@
+	@all=1; for peer in accelerate airllm; do \
+		$(PIP_INSTALL) $$peer || { all=0; echo "$$peer cannot be installed; the report will say so" >&2; }; \
+	done; [ $$all = 0 ] || touch $@
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist odewei.egg-info

@@ -57,7 +57,7 @@ def mapped(job: Job) -> Callable[[], Model]:
 def accelerate(job: Job) -> Callable[[], Model]:
     """accelerate's disk offload from the checkpoint's own files, through its offload index.
 
-    Of the two ways it has, this one was the faster at each token count, and it needs no disk; see ``accelerate_dat``.
+    Of the two ways it has, this one needs no disk; for the other see ``accelerate_dat``.
     """
     from accelerate import dispatch_model, init_empty_weights
 

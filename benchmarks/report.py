@@ -90,6 +90,8 @@ def _raw(row: Row) -> tuple[str, str, str, str]:
 
 def _wrong(record: Record) -> str:
     wrong = wrong_bits(record)
+    if not any(row.contender == "resident" and row.bits for row in record.rows):
+        return "**odewei's bits were compared with nothing**: the resident model did not run."
     if not wrong:
         return "odewei's output had the resident model's bits wherever both were measured."
     return "**Wrong bits:** " + "; ".join(wrong)
