@@ -54,12 +54,11 @@ def slab_bytes(nbytes: int) -> int:
 class Slab:
     """``nbytes`` bytes of host memory for one unit. Pages start at a page, small slabs at a multiple of 64."""
 
-    __slots__ = ("_memory", "_offset", "leaving", "nbytes", "reservation")
+    __slots__ = ("_memory", "_offset", "nbytes", "reservation")
 
     def __init__(self, nbytes: int, reservation: Reservation) -> None:
         self.nbytes = nbytes
         self.reservation = reservation
-        self.leaving = False
         self._memory, self._offset = _allocate(nbytes)
 
     def view(self) -> Bytes:
@@ -83,7 +82,7 @@ class Slab:
         self._memory = bytearray()
 
     def __repr__(self) -> str:
-        return f"<Slab of {self.nbytes} bytes for {self.reservation.owner}{', leaving' if self.leaving else ''}>"
+        return f"<Slab of {self.nbytes} bytes for {self.reservation.owner}>"
 
 
 def _allocate(nbytes: int) -> tuple[mmap.mmap | bytearray, int]:
@@ -122,7 +121,9 @@ class SlabPool:
         self._free: dict[int, list[Slab]] = {}
         self._free_bytes = 0
         self._in_use: set[Slab] = set()
+        self._leaving: set[Slab] = set()  # of those in use
         self._spare: dict[str, tuple[object, Reservation]] = {}
+        self._spare_bytes = 0
         self._returned: deque[Slab] = deque()
         self._closed = False
         self.escapes = 0  # slabs that outlived their unit's eviction when the room was needed
@@ -137,7 +138,7 @@ class SlabPool:
         """Bytes of evicted units that somebody still holds on to."""
         with self._lock:
             self._drain()
-            return sum(slab.nbytes for slab in self._in_use if slab.leaving)
+            return sum(slab.nbytes for slab in self._leaving)
 
     def acquire(self, owner: str, nbytes: int, *, beyond_limit: bool = False) -> Slab | None:
         """A slab of exactly ``nbytes`` bytes; None if there is no room and ``beyond_limit`` was not asked for."""
@@ -171,16 +172,15 @@ class SlabPool:
         """The unit in ``slab`` was evicted: its bytes come back as soon as nobody holds them, or are back already."""
         with self._lock:
             self._drain()
-            slab.leaving = slab in self._in_use and slab.reservation.owner == owner
+            if slab in self._in_use and slab.reservation.owner == owner:
+                self._leaving.add(slab)
 
     def stop_expecting_leaving(self) -> None:
         """Those who hold memory of evicted units keep it (views that escaped): it counts as used until it is back."""
         with self._lock:
             self._drain()
-            for slab in self._in_use:
-                if slab.leaving:
-                    slab.leaving = False
-                    self.escapes += 1
+            self.escapes += len(self._leaving)
+            self._leaving.clear()
 
     def keep_spare(self, name: str, thing: object, nbytes: int) -> bool:
         """Keep something of ``nbytes`` bytes under ``name`` until the room is needed. False if there is no room now."""
@@ -189,15 +189,13 @@ class SlabPool:
             if name in self._spare or nbytes > self.budget.free_bytes:
                 return False
             self._spare[name] = (thing, self.budget.reserve(name, nbytes))
+            self._spare_bytes += nbytes
             return True
 
     def take_spare(self, name: str) -> object | None:
         """What was kept under ``name``, no longer counted; None if it is gone."""
         with self._lock:
-            thing, reservation = self._spare.pop(name, (None, None))
-            if reservation is not None:
-                self.budget.release(reservation)
-            return thing
+            return self._drop_spare(name) if name in self._spare else None
 
     def set_limit(self, limit_bytes: int) -> None:
         """Change the budget, and unmap free slabs that a smaller one has no room for."""
@@ -230,6 +228,8 @@ class SlabPool:
             free = [slab for slabs in self._free.values() for slab in slabs]
             assert sum(slab.nbytes for slab in free) == self._free_bytes
             assert not self._in_use.intersection(free), "a slab is free and in use"
+            assert self._leaving <= self._in_use
+            assert self._spare_bytes == sum(reservation.nbytes for _, reservation in self._spare.values())
             in_use = sum(slab.nbytes for slab in self._in_use)
             assert in_use + self._unneeded_bytes() == self.budget.used_bytes, "a reserved byte has no owner"
 
@@ -250,7 +250,7 @@ class SlabPool:
         while self._returned:
             slab = self._returned.popleft()
             self._in_use.remove(slab)
-            slab.leaving = False
+            self._leaving.discard(slab)
             if self._closed or self.budget.free_bytes < 0:
                 self._unmap(slab)
             else:
@@ -296,10 +296,16 @@ class SlabPool:
             assert slab is not None
             self._unmap(slab)
         while self._spare and (needed_bytes is None or self.budget.free_bytes < needed_bytes):
-            self.budget.release(self._spare.popitem()[1][1])
+            self._drop_spare(next(reversed(self._spare)))
+
+    def _drop_spare(self, name: str) -> object:
+        thing, reservation = self._spare.pop(name)
+        self._spare_bytes -= reservation.nbytes
+        self.budget.release(reservation)
+        return thing
 
     def _unneeded_bytes(self) -> int:
-        return self._free_bytes + sum(reservation.nbytes for _, reservation in self._spare.values())
+        return self._free_bytes + self._spare_bytes
 
     def _unmap(self, slab: Slab) -> None:
         self.budget.release(slab.reservation)
