@@ -261,7 +261,7 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, object]:
         return {"built": held() - before}
     model = build(arguments, prefetch_depth=0)
     built = held() - before
-    if arguments.allocations:
+    if arguments.allocations and arguments.trace_allocations:
         snapshot = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(False, tracemalloc.__file__)])
         for line in snapshot.statistics("lineno")[: arguments.allocations]:
             print(

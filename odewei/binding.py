@@ -12,6 +12,7 @@ reference, or a load. Modules are held weakly, so that nothing here keeps a mode
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import threading
 import weakref
@@ -24,9 +25,9 @@ import torch
 from torch import nn
 
 from odewei.looked_up import LookedUp
-from odewei.placeholder import Fetch, Placeholder
+from odewei.placeholder import Origin, Placeholder
 from odewei.scheduler.rows import RowTable
-from odewei.survey import Weight
+from odewei.survey import Weight, walk
 
 __all__ = ["Binder", "ModuleBinding"]
 
@@ -80,84 +81,84 @@ class UnboundParameters(_Streamed):
 
 
 class ModuleBinding:
-    """One module that has streamed weights. ``sources`` maps its parameter names to (unit, weight name), ``tables``
-    those of tables that are only looked up, which are never bound: their placeholders serve all.
+    """One module that has streamed weights: ``names`` are its parameters that are bound when their units are resident,
+    ``tables`` those that are only looked up, which never are: their placeholders serve all.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        sources: Mapping[str, tuple[int, str]],
-        tables: Mapping[str, str],
-        load: Loader,
-    ) -> None:
+    __slots__ = ("_flat_names", "_load", "_module", "_names", "_real", "_tables", "_unbound", "suspended")
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], tables: tuple[str, ...], load: Loader) -> None:
         self._module = weakref.ref(module)
-        self._sources = dict(sources)
-        self._tables = dict(tables)
+        self._names = names
+        self._tables = tables
         self._load = load
-        self._real: dict[str, nn.Parameter] = {}
+        self._real: dict[str, nn.Parameter] | None = None  # those that are here
         self._flat_names = _flat_names(module)
         self.suspended = False  # somebody else has the module's dictionary for a while
         self._unbound = UnboundParameters(module._parameters, self)
 
     def install(self, placeholders: Mapping[str, Placeholder]) -> None:
-        """Take the module's parameters over; nothing is bound yet."""
-        for local_name, name in self._names().items():
-            dict.__setitem__(self._unbound, local_name, placeholders[name])
+        """Take the module's parameters over, with placeholders by local name; nothing is bound yet."""
+        dict.update(self._unbound, placeholders)
         self.put()
 
     def bind(self, local_name: str, parameter: nn.Parameter) -> None:
         """One weight is here."""
-        if local_name in self._sources:
+        if local_name in self._names:
+            if self._real is None:
+                self._real = {}
             self._real[local_name] = parameter
-            if len(self._real) == len(self._sources):
+            if len(self._real) == len(self._names):
                 self.put()
 
     def unbind(self, local_name: str) -> None:
         """One weight leaves."""
-        if self._real.pop(local_name, None) is not None:
+        if self._real is not None and self._real.pop(local_name, None) is not None:
+            if not self._real:
+                self._real = None
             self.put()
 
     def replace_placeholder(self, local_name: str, placeholder: Placeholder) -> None:
         """The weight turned out to have another dtype."""
-        if local_name in self._sources:
+        if local_name in self._names:
             dict.__setitem__(self._unbound, local_name, placeholder)
+
+    def dtype_of(self, local_name: str) -> torch.dtype | None:
+        """What the placeholder says; None if the user has stored something else."""
+        found = dict.get(self._unbound, local_name) if local_name in self._names else None
+        return None if found is None else found.dtype
 
     def look_up(self, local_name: str, kept: Any) -> Any:
         """The real parameter, loaded if need be; ``kept`` for what is not streamed. Any thread."""
-        source = self._sources.get(local_name)
-        if source is None:
+        if local_name not in self._names:
             return kept
-        real = self._real.get(local_name)
-        return self._load(*source) if real is None else real
+        here = self._real
+        real = None if here is None else here.get(local_name)
+        return self._load(kept.unit, kept.weight_name) if real is None else real
 
     def adopt(self, local_name: str, value: Any) -> None:
         """The user has stored a parameter: from now on it is the module's own and not streamed."""
-        self._sources.pop(local_name, None)
-        self._tables.pop(local_name, None)
-        self._real.pop(local_name, None)
+        self._forget(local_name)
         dict.__setitem__(self._unbound, local_name, value)
 
     def disown(self, local_name: str) -> None:
         """The user has deleted a parameter."""
-        self._sources.pop(local_name, None)
-        self._tables.pop(local_name, None)
-        self._real.pop(local_name, None)
+        self._forget(local_name)
         dict.pop(self._unbound, local_name, None)
 
     def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Give the module an ordinary dictionary with these parameters, for good."""
+        """Give the module an ordinary dictionary with these parameters, by the weights' names, for good."""
         module = self._module()
         if module is not None:
-            names = self._names()
+            streamed = {*self._names, *self._tables}
             items = {
-                local: parameters[names[local]] if local in names else kept for local, kept in dict.items(self._unbound)
+                local: parameters[kept.weight_name] if local in streamed else kept
+                for local, kept in dict.items(self._unbound)
             }
             module.__dict__["_parameters"] = items
             self._follow(module, items)
-        self._real.clear()
-        self._sources.clear()
-        self._tables.clear()
+        self._names = self._tables = ()
+        self._real = None
 
     def put(self) -> None:
         """Make the module use the dictionary that fits what is here now."""
@@ -165,15 +166,18 @@ class ModuleBinding:
         if module is None or self.suspended:
             return
         parameters: _Streamed = self._unbound
-        if len(self._real) == len(self._sources):
-            items = {name: self._real.get(name, kept) for name, kept in dict.items(self._unbound)}
+        real = self._real or {}
+        if len(real) == len(self._names):
+            items = {name: real.get(name, kept) for name, kept in dict.items(self._unbound)}
             parameters = BoundParameters(items, self)
         module.__dict__["_parameters"] = parameters
         self._follow(module, parameters)
 
-    def _names(self) -> dict[str, str]:
-        """Local names of all that is streamed, and the weights' names."""
-        return {local: name for local, (_, name) in self._sources.items()} | self._tables
+    def _forget(self, local_name: str) -> None:
+        self._names = tuple(name for name in self._names if name != local_name)
+        self._tables = tuple(name for name in self._tables if name != local_name)
+        if self._real is not None:
+            self._real.pop(local_name, None)
 
     def _follow(self, module: nn.Module, parameters: Mapping[str, Any]) -> None:
         """Recurrent modules keep a second list of their weights."""
@@ -193,7 +197,7 @@ class Binder:
         self,
         model: nn.Module,
         units: Sequence[Sequence[Weight]],
-        infos: Mapping[str, tuple[torch.dtype, Any]],
+        infos: Callable[[Weight], tuple[torch.dtype, tuple[int, ...] | None]],
         tables: Mapping[str, RowTable],
     ) -> None:
         """``units[i]`` are the weights of unit i; ``infos`` gives each one's dtype when bound, and its stride;
@@ -203,32 +207,35 @@ class Binder:
         self._access: Callable[[int, FrameType], None] | None = None
         self._release: Callable[[int], None] | None = None
         self._tables = tables
-        self._units = [{weight.name: weight.uses for weight in unit} for unit in units]
+        self._units = units
         self._tensors: list[dict[str, nn.Parameter] | None] = [None] * len(units)
-        self._requires_grad = {weight.name: weight.parameter.requires_grad for unit in units for weight in unit}
-        self._placeholders: dict[str, Placeholder] = {}
-        sources: dict[str, dict[str, tuple[int, str]]] = {}
-        looked_up: dict[str, dict[str, str]] = {}
+        self._self: weakref.ref[Origin] = weakref.ref(self)
+        placeholders: dict[str, dict[str, Placeholder]] = {}  # by module and local name
         for index, unit in enumerate(units):
             for weight in unit:
-                dtype, stride = infos[weight.name]
                 if weight.name in tables:
-                    self._placeholders[weight.name] = self._looked_up(index, tables[weight.name])
+                    made: Placeholder = self._looked_up(index, tables[weight.name])
                 else:
-                    self._placeholders[weight.name] = self._placeholder(index, weight.name, weight.shape, dtype, stride)
+                    made = self._placeholder(index, weight.name, weight.shape, *infos(weight))
                 for use in weight.uses:
-                    sources.setdefault(use.module, {})
-                    if weight.name in tables:
-                        looked_up.setdefault(use.module, {})[use.local_name] = weight.name
-                    else:
-                        sources[use.module][use.local_name] = (index, weight.name)
-        modules = dict(model.named_modules())
-        self._bindings = {
-            name: ModuleBinding(modules[name], found, looked_up.get(name, {}), self._load)
-            for name, found in sources.items()
-        }
-        for binding in self._bindings.values():
-            binding.install(self._placeholders)
+                    placeholders.setdefault(use.module, {})[use.local_name] = made
+        self._bindings = dict(self._take_over(model, placeholders))
+
+    def _take_over(
+        self, model: nn.Module, placeholders: Mapping[str, Mapping[str, Placeholder]]
+    ) -> Iterator[tuple[str, ModuleBinding]]:
+        """Replace the parameters of the modules, by name, with placeholders."""
+        load = self._load
+        kinds: dict[tuple[str, ...], tuple[str, ...]] = {}  # thousands of modules have the same names
+        for name, module, _ in walk(model):
+            found = placeholders.get(name)
+            if found is not None:
+                names = tuple(local for local, made in found.items() if not isinstance(made, LookedUp))
+                tables = tuple(local for local, made in found.items() if isinstance(made, LookedUp))
+                names = kinds.setdefault(names, names)
+                binding = ModuleBinding(module, names, tables, load)
+                binding.install(found)
+                yield name, binding
 
     def connect(self, access: Callable[[int, FrameType], None], release: Callable[[int], None]) -> None:
         """``access`` returns when a unit is resident and leased by this thread for the call that runs in a frame;
@@ -241,17 +248,18 @@ class Binder:
             parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
         with self._lock:
             self._tensors[unit] = parameters
-            for name, parameter in parameters.items():
-                for binding, local_name in self._places(unit, name):
-                    if parameter.dtype != self._placeholders[name].dtype:
-                        made = self._placeholder(unit, name, tuple(parameter.shape), parameter.dtype, None)
+            for weight in self._units[unit]:
+                parameter = parameters[weight.name]
+                for binding, local_name in self._places(weight):
+                    if binding.dtype_of(local_name) not in (None, parameter.dtype):
+                        made = self._placeholder(unit, weight.name, weight.shape, parameter.dtype, None)
                         binding.replace_placeholder(local_name, made)
                     binding.bind(local_name, parameter)
 
     def retract(self, unit: int) -> None:
         with self._lock:
-            for name in self._units[unit]:
-                for binding, local_name in self._places(unit, name):
+            for weight in self._units[unit]:
+                for binding, local_name in self._places(weight):
                     binding.unbind(local_name)
             self._tensors[unit] = None
 
@@ -276,7 +284,7 @@ class Binder:
 
     def hold(self, unit: int) -> dict[str, nn.Parameter]:
         """The parameters of a unit, loaded if need be; the caller's references keep them."""
-        return {name: self._load(unit, name) for name in self._units[unit]}
+        return {weight.name: self._load(unit, weight.name) for weight in self._units[unit]}
 
     def clear(self) -> None:
         """Let go of all units, after the driver has stopped."""
@@ -285,18 +293,19 @@ class Binder:
 
     def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give every module ordinary parameters, with the ``requires_grad`` they were built with."""
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(self._requires_grad[name] and parameter.is_floating_point())
+        for weight in itertools.chain.from_iterable(self._units):
+            parameter = parameters[weight.name]
+            parameter.requires_grad_(weight.requires_grad and parameter.is_floating_point())
         for binding in self._bindings.values():
             binding.restore(parameters)
 
-    def _places(self, unit: int, name: str) -> Iterable[tuple[ModuleBinding, str]]:
-        return ((self._bindings[use.module], use.local_name) for use in self._units[unit][name])
+    def _places(self, weight: Weight) -> Iterable[tuple[ModuleBinding, str]]:
+        return ((self._bindings[use.module], use.local_name) for use in weight.uses)
 
     def _placeholder(
-        self, unit: int, name: str, shape: tuple[int, ...], dtype: torch.dtype, stride: Any
+        self, unit: int, name: str, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None
     ) -> Placeholder:
-        return Placeholder.make(name, shape, dtype, stride, self._fetcher(unit, name))
+        return Placeholder.make(unit, name, shape, dtype, stride, self._self)
 
     def _looked_up(self, unit: int, table: RowTable) -> LookedUp:
         name = table.place.weight
@@ -306,18 +315,7 @@ class Binder:
             method = resident()
             return None if method is None else method(unit, name)
 
-        return LookedUp.of(table, self._fetcher(unit, name), loaded)
-
-    def _fetcher(self, unit: int, name: str) -> Fetch:
-        lease = weakref.WeakMethod(self._lease)
-
-        def fetch(frame: FrameType) -> tuple[torch.Tensor, Callable[[], None]]:
-            method = lease()
-            if method is None:
-                raise ReferenceError(f"the model of weight {name!r} is gone")
-            return method(unit, name, frame)
-
-        return fetch
+        return LookedUp.of(unit, table, self._self, loaded)
 
     def _resident(self, unit: int, name: str) -> nn.Parameter | None:
         """The real parameter if it is loaded now; the reference keeps it."""
@@ -326,11 +324,11 @@ class Binder:
 
     def _load(self, unit: int, name: str) -> nn.Parameter:
         """An access outside of the hooks: wait for the unit, hand out the real parameter; the reference keeps it."""
-        parameter, release = self._lease(unit, name, sys._getframe())
+        parameter, release = self.lease(unit, name, sys._getframe())
         release()
         return parameter
 
-    def _lease(self, unit: int, name: str, frame: FrameType) -> tuple[nn.Parameter, Callable[[], None]]:
+    def lease(self, unit: int, name: str, frame: FrameType) -> tuple[nn.Parameter, Callable[[], None]]:
         """The real parameter, loaded if need be, and what returns its lease; that ends with ``frame`` at the latest."""
         assert self._access is not None, "an access before the model was ready"
         assert self._release is not None

@@ -7,7 +7,7 @@ nothing is let pass. Knows modules and dtypes only.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,28 +18,36 @@ from odewei.errors import ModelError
 __all__ = ["guard", "refuse_copy", "unguard"]
 
 
-def guard(module: nn.Module, dtypes: Collection[torch.dtype]) -> None:
-    """Have ``module._apply`` accept only functions that leave tensors of these dtypes as they are."""
+def guard(modules: Iterable[nn.Module], dtypes: Collection[torch.dtype]) -> None:
+    """Have ``_apply`` of these modules accept only functions that leave tensors of these dtypes as they are."""
     samples = [torch.empty(1, dtype=dtype) for dtype in dtypes]
-    kind = type(module).__name__
-    alive = weakref.ref(module)  # a guarded module must not wait for the collector when it is dropped
+    for module in modules:
+        module.__dict__["_apply"] = _Apply(module, samples)
 
-    def apply_if_nothing_changes(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        for sample in samples:
+
+class _Apply:
+    """What stands in for a module's ``_apply``."""
+
+    __slots__ = ("_module", "_samples")
+
+    def __init__(self, module: nn.Module, samples: Sequence[torch.Tensor]) -> None:
+        self._module = weakref.ref(module)  # a guarded module must not wait for the collector when it is dropped
+        self._samples = samples
+
+    def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        module = self._module()
+        assert module is not None, "the guard hangs on the module"
+        for sample in self._samples:
             with torch.no_grad():
                 made = fn(sample)
             if made.dtype != sample.dtype or made.device != sample.device:
                 raise ModelError(
                     f"a streamed model cannot be converted from {sample.dtype} on {sample.device} to {made.dtype} on "
                     f"{made.device} afterwards: all its weights would have to be loaded",
-                    module=kind,
+                    module=type(module).__name__,
                     cure="Pass dtype= to init_on_demand_weights_model, or call odewei.materialize(model) first",
                 )
-        guarded = alive()
-        assert guarded is not None, "the guard hangs on the module"
-        return guarded
-
-    module.__dict__["_apply"] = apply_if_nothing_changes
+        return module
 
 
 def unguard(module: nn.Module) -> None:

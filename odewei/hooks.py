@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from odewei.guards import refuse_copy
 from odewei.scheduler.drivers import Driver
 from odewei.scheduler.records import Account
 
-__all__ = ["hook_pass", "hook_unit"]
+__all__ = ["hook_pass", "hook_unit", "unhook"]
 
 
 class _Pair(Protocol):
@@ -31,6 +30,7 @@ class _Pair(Protocol):
 class _UnitHooks:
     """``units`` are entered in order and left in reverse."""
 
+    __slots__ = ("_driver", "_units")
     __deepcopy__ = __reduce_ex__ = refuse_copy
 
     def __init__(self, units: Sequence[int], driver: Driver) -> None:
@@ -55,6 +55,7 @@ class _UnitHooks:
 class _PassHooks:
     """Tell the scheduler when a thread is inside the model."""
 
+    __slots__ = ("_account", "_driver")
     __deepcopy__ = __reduce_ex__ = refuse_copy
 
     def __init__(self, driver: Driver, account: Account) -> None:
@@ -68,18 +69,25 @@ class _PassHooks:
         self._driver.ledger.leave_pass(self._account)
 
 
-def hook_unit(module: nn.Module, units: Sequence[int], driver: Driver) -> list[RemovableHandle]:
+def hook_unit(module: nn.Module, units: Sequence[int], driver: Driver) -> None:
     """Have ``module`` lease ``units`` while its forward runs."""
-    return _register(module, _UnitHooks(units, driver))
+    _register(module, _UnitHooks(units, driver))
 
 
-def hook_pass(model: nn.Module, driver: Driver, account: Account) -> list[RemovableHandle]:
+def hook_pass(model: nn.Module, driver: Driver, account: Account) -> None:
     """Have the scheduler know when a thread is inside the model. To be called after all ``hook_unit``."""
-    return _register(model, _PassHooks(driver, account))
+    _register(model, _PassHooks(driver, account))
 
 
-def _register(module: nn.Module, pair: _Pair) -> list[RemovableHandle]:
-    return [
-        module.register_forward_pre_hook(pair.before, prepend=True),
-        module.register_forward_hook(pair.after, always_call=True),
-    ]
+def unhook(module: nn.Module) -> None:
+    """Take the hooks out. They are found by what they are: the handles of 100,000 modules would take memory."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), _UnitHooks | _PassHooks):
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def _register(module: nn.Module, pair: _Pair) -> None:
+    module.register_forward_pre_hook(pair.before, prepend=True)
+    module.register_forward_hook(pair.after, always_call=True)

@@ -11,6 +11,7 @@ operation) take the whole table too.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from odewei.placeholder import Fetch, Placeholder, with_real
+from odewei.placeholder import Origin, Placeholder, with_real
 from odewei.scheduler.row_slots import Ids
 from odewei.scheduler.rows import RowTable
 
@@ -50,16 +51,20 @@ _ANSWERED = frozenset(function for name in _DESCRIPTION.split() for function in 
 class LookedUp(Placeholder):
     """Made with :meth:`of`."""
 
+    __slots__ = ("_resident", "_table")
+
     _table: RowTable
     _resident: Callable[[], nn.Parameter | None]
 
     @classmethod
-    def of(cls, table: RowTable, fetch: Fetch, resident: Callable[[], nn.Parameter | None]) -> LookedUp:
-        """``fetch`` as for Placeholder. ``resident`` returns the real tensor if it is loaded now: the user may have
-        written into it.
+    def of(
+        cls, unit: int, table: RowTable, origin: weakref.ref[Origin], resident: Callable[[], nn.Parameter | None]
+    ) -> LookedUp:
+        """``unit`` and ``origin`` as for Placeholder. ``resident`` returns the real tensor if it is loaded now: the
+        user may have written into it.
         """
         place = table.place
-        made = cls.make(place.weight, (place.rows, place.columns), place.dtype, None, fetch)
+        made = cls.make(unit, place.weight, (place.rows, place.columns), place.dtype, None, origin)
         made._table, made._resident = table, resident
         return made
 

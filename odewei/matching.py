@@ -16,7 +16,7 @@ from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.loaders.tensors import is_castable, read_tensor
 from odewei.meta_model import meta_tensors
-from odewei.survey import Weight
+from odewei.survey import Weight, walk
 
 __all__ = ["Matched", "bound_dtype", "init_missing", "load_buffers", "match_weights"]
 
@@ -101,7 +101,7 @@ def load_buffers(
     """
     wanted = {
         f"{prefix}.{name}" if prefix else name: (module, name)
-        for prefix, module in model.named_modules()
+        for prefix, module, _ in walk(model)
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
@@ -152,7 +152,7 @@ def init_missing(model: nn.Module, missing: Sequence[Weight], dtype: torch.dtype
     for weight in missing:
         made = nn.Parameter(
             torch.empty(weight.shape, dtype=bound_dtype(weight.dtype, dtype)),
-            requires_grad=weight.parameter.requires_grad,
+            requires_grad=weight.requires_grad,
         )
         for use in weight.uses:
             modules[use.module]._parameters[use.local_name] = made

@@ -12,7 +12,7 @@ only parameters become meta, one at a time, when they are registered.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from odewei.errors import ModelError
+from odewei.survey import walk
 
 __all__ = ["build_without_weights", "meta_tensors"]
 
@@ -72,15 +73,23 @@ def build_without_weights(model_fn: Callable[[], nn.Module]) -> nn.Module:
 
 def meta_tensors(model: nn.Module) -> Iterator[str]:
     """Names of tensors on the meta device that are reachable from modules and are not parameters."""
-    for prefix, module in model.named_modules():
+    for prefix, module, _ in walk(model):
         for name, value in (*module._buffers.items(), *vars(module).items()):
-            values = (
-                value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else (value,)
-            )
-            if name not in ("_parameters", "_modules", "_buffers") and any(
-                isinstance(one, torch.Tensor) and one.is_meta and not isinstance(one, nn.Parameter) for one in values
-            ):
+            if name in _OF_EVERY_MODULE or not isinstance(value, _MAY_HOLD_TENSORS):
+                continue
+            values: Iterable[object] = (value,)
+            if not isinstance(value, torch.Tensor):
+                values = value.values() if isinstance(value, dict) else value
+            if any(map(_is_meta, values)):
                 yield f"{prefix}.{name}" if prefix else name
+
+
+_MAY_HOLD_TENSORS = (torch.Tensor, list, tuple, dict)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _is_meta(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta and not isinstance(value, nn.Parameter)
 
 
 def _build(model_fn: Callable[[], nn.Module], redirect: TorchFunctionMode | None) -> nn.Module:

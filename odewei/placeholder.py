@@ -8,45 +8,54 @@ code that asks a model for its device or dtype hears the truth and loads nothing
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Fetch", "Placeholder", "with_real"]
+__all__ = ["Origin", "Placeholder", "with_real"]
 
-Fetch = Callable[[FrameType], tuple[torch.Tensor, Callable[[], None]]]
-"""Loads the real tensor if need be, and leases its unit for the call that runs in the frame. What is returned second
-returns the lease: until then the unit stays, and what is written into the tensor is noticed.
-"""
+
+class Origin(Protocol):
+    """Who has the real tensors. Any thread calls it."""
+
+    def lease(self, unit: int, name: str, frame: FrameType) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Load the real tensor if need be, and lease its unit for the call that runs in ``frame``.
+
+        What is returned second returns the lease: until then the unit stays, and what is written into the tensor is
+        noticed.
+        """
 
 
 class Placeholder(torch.Tensor):
-    """Made with :meth:`make`. ``weight_name`` is the checkpoint's name of the weight."""
+    """Made with :meth:`make`. ``weight_name`` is the checkpoint's name of the weight, ``unit`` the unit it is in."""
 
+    __slots__ = ("_origin", "unit", "weight_name")
+
+    unit: int
     weight_name: str
-    _fetch: Fetch
-    _is_param: bool
+    _origin: weakref.ref[Origin]
+    _is_param = True
 
     @classmethod
     def make(
         cls,
+        unit: int,
         name: str,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         stride: tuple[int, ...] | None,
-        fetch: Fetch,
+        origin: weakref.ref[Origin],
     ) -> Self:
-        """Any thread calls ``fetch`` when an operation needs the values."""
+        """``origin`` is asked when an operation needs the values."""
         with torch.inference_mode(False), torch.no_grad():
             made: Self = torch.Tensor._make_wrapper_subclass(
                 cls, shape, strides=stride, dtype=dtype, device=torch.device("cpu"), requires_grad=False
             )
-        made.weight_name = name
-        made._fetch = fetch
-        made._is_param = True
+        made.unit, made.weight_name, made._origin = unit, name, origin
         return made
 
     @classmethod
@@ -61,9 +70,16 @@ class Placeholder(torch.Tensor):
 
     def fetch(self) -> torch.Tensor:
         """The real tensor, loaded now if need be."""
-        tensor, release = self._fetch(sys._getframe())
+        tensor, release = self.lease(sys._getframe())
         release()
         return tensor
+
+    def lease(self, frame: FrameType) -> tuple[torch.Tensor, Callable[[], None]]:
+        """See :meth:`Origin.lease`."""
+        origin = self._origin()
+        if origin is None:
+            raise ReferenceError(f"the model of weight {self.weight_name!r} is gone")
+        return origin.lease(self.unit, self.weight_name, frame)
 
     def numpy(self, *, force: bool = False) -> Any:
         return self.fetch().detach().numpy(force=force)
@@ -100,7 +116,7 @@ def _call_leased(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     releases: list[Callable[[], None]] = []
 
     def real(placeholder: Placeholder) -> torch.Tensor:
-        tensor, release = placeholder._fetch(frame)
+        tensor, release = placeholder.lease(frame)
         releases.append(release)
         return tensor
 

@@ -17,12 +17,11 @@ from types import FrameType
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from odewei.binding import Binder
 from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError, TraceError
 from odewei.guards import guard, unguard
-from odewei.hooks import hook_pass, hook_unit
+from odewei.hooks import hook_pass, hook_unit, unhook
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.matching import bound_dtype, init_missing, load_buffers, match_weights
@@ -31,7 +30,7 @@ from odewei.report import Report
 from odewei.scheduler.budget import format_nbytes
 from odewei.scheduler.callable_unit import CallableUnit, Expected
 from odewei.scheduler.drivers import was_closed
-from odewei.scheduler.read_plan import ReadSettings, UnitReadPlan, Wanted
+from odewei.scheduler.read_plan import ReadSettings, Wanted
 from odewei.scheduler.reader import FileTable, PlannedUnit, UnitReader
 from odewei.scheduler.records import Account
 from odewei.scheduler.rows import RowCounters, RowTable
@@ -77,7 +76,6 @@ class Runtime:
         self._source = source
         self._model = weakref.ref(model)
         self._dtype = options.dtype or source.dtype
-        self._handles: list[RemovableHandle] = []
         infos, weights = self._match(model, source)
         self._buffer_bytes = load_buffers(model, source, self._dtype, options.on_missing)
         sizes = {weight.name: self._bound_bytes(weight, infos) for weight in weights}
@@ -189,9 +187,8 @@ class Runtime:
         for unit in range(len(self.units)):
             found = self.binder.hold(unit)
             parameters.update({name: nn.Parameter(tensor.detach().clone()) for name, tensor in found.items()})
-        for handle in self._handles:
-            handle.remove()
         for module in model.modules():
+            unhook(module)
             unguard(module)
         self.binder.restore(parameters)
         del _runtimes[model]
@@ -221,20 +218,19 @@ class Runtime:
 
     def _bound_bytes(self, weight: Weight, infos: Mapping[str, WeightInfo]) -> int:
         dtype = bound_dtype(self._stored_dtype(weight, infos), self._dtype)
-        return weight.parameter.numel() * dtype.itemsize
+        return weight.numel * dtype.itemsize
 
     def _reader(self, unit: Unit, infos: Mapping[str, WeightInfo], sizes: Mapping[str, int]) -> UnitReader:
         if isinstance(self._source, CallableLoader):
             expected = [Expected(weight.name, weight.shape, weight.dtype) for weight in unit.weights]
             module = unit.hooked[0]
             return CallableUnit(module, expected, self._source.load, self._pool, self._cast, sizes.__contains__)
-        wanted = [
+        wanted = tuple(
             Wanted(weight.name, infos[weight.name], self._cast(infos[weight.name].dtype)) for weight in unit.weights
-        ]
+        )
         per_reader = sum(weight.nbytes for weight in wanted) // self.options.num_readers
         chunk = round_up(min(max(per_reader, _SMALLEST_CHUNK), _CHUNK_BYTES), PAGE)
-        settings = ReadSettings(direct=self._direct, chunk_bytes=chunk, scratch_bytes=_SCRATCH_BYTES)
-        return PlannedUnit(UnitReadPlan.make(wanted, settings), self._source)
+        return PlannedUnit(wanted, _settings(self._direct, chunk), self._source)
 
     def _cast(self, stored: torch.dtype) -> torch.dtype:
         return bound_dtype(stored, self._dtype)
@@ -250,7 +246,7 @@ class Runtime:
                 f"the budget of {self.budget.limit_bytes} bytes ({format_nbytes(self.budget.limit_bytes)}) cannot hold "
                 f"what one step of the model needs at once; its largest unit has {size}",
                 module=self.units[largest].name,
-                weight=max(self.units[largest].weights, key=lambda weight: weight.parameter.numel()).name,
+                weight=max(self.units[largest].weights, key=lambda weight: weight.numel).name,
                 cure=f"The smallest memory_budget that works is {needed} bytes ({format_nbytes(needed)})",
             )
         return least
@@ -286,25 +282,21 @@ class Runtime:
         return account
 
     def _bind(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> Binder:
-        described = {
-            weight.name: (
-                self._cast(self._stored_dtype(weight, infos)),
-                infos[weight.name].stride if weight.name in infos else None,
-            )
-            for unit in self.units
-            for weight in unit.weights
-        }
+        def described(weight: Weight) -> tuple[torch.dtype, tuple[int, ...] | None]:
+            stride = infos[weight.name].stride if weight.name in infos else None
+            return self._cast(self._stored_dtype(weight, infos)), stride
+
         return Binder(model, [unit.weights for unit in self.units], described, self.tables)
 
     def _hook(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> None:
-        modules = dict(model.named_modules())
+        modules = {name: module for name, module, _ in walk(model)}
         for name, places in self.hooked_modules().items():
             ids = [self.account.units[place].id for place in places]
-            self._handles += hook_unit(modules[name], ids, self.driver)
-        self._handles += hook_pass(model, self.driver, self.account)
+            hook_unit(modules[name], ids, self.driver)
+        hook_pass(model, self.driver, self.account)
         dtypes = {self._cast(self._stored_dtype(weight, infos)) for unit in self.units for weight in unit.weights}
-        for name in {"", *(use.module for unit in self.units for weight in unit.weights for use in weight.uses)}:
-            guard(modules[name], dtypes)
+        owners = {"", *(use.module for unit in self.units for weight in unit.weights for use in weight.uses)}
+        guard((modules[name] for name in owners), dtypes)
 
     def _expect_saved_order(self, model: nn.Module) -> None:
         """Use the order that was saved beside the checkpoint, if there is one and it fits."""
@@ -357,6 +349,11 @@ def _let_go(binder: Binder, tables: Collection[RowTable], source: WeightsLoader 
     for table in tables:
         table.close()
     source.close()
+
+
+@functools.cache
+def _settings(direct: bool, chunk_bytes: int) -> ReadSettings:
+    return ReadSettings(direct=direct, chunk_bytes=chunk_bytes, scratch_bytes=_SCRATCH_BYTES)
 
 
 def _with_slack(weight_bytes: int, weights: int) -> int:

@@ -6,6 +6,8 @@ definition order is its own.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,20 +33,20 @@ class Use:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """One parameter of the model. ``uses`` has at least one entry; ``name`` is the first's."""
+    """One parameter of the model, as it was built; the checkpoint may have it in another dtype.
+
+    ``uses`` has at least one entry; ``name`` is the first's. The parameter itself is not kept.
+    """
 
     name: str
-    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
     uses: tuple[Use, ...]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.parameter.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As the model was built; the checkpoint may have it in another."""
-        return self.parameter.dtype
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -77,15 +79,20 @@ def survey(model: nn.Module) -> Sequence[Weight]:
 
     Raises ModelError for a parameter that is more than its bytes (a quantised one) or has no shape yet (a lazy one).
     """
-    uses: dict[int, list[Use]] = {}
-    parameters: dict[int, nn.Parameter] = {}
+    found: dict[int, tuple[nn.Parameter, list[Use]]] = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # thousands of weights have the same
     for prefix, module, _ in walk(model):
         for local_name, parameter in module._parameters.items():
             if parameter is not None:
                 _check_plain(parameter, prefix, local_name)
-                parameters[id(parameter)] = parameter
-                uses.setdefault(id(parameter), []).append(Use(prefix, local_name))
-    return [Weight(found[0].name, parameters[key], tuple(found)) for key, found in uses.items()]
+                found.setdefault(id(parameter), (parameter, []))[1].append(Use(prefix, local_name))
+    weights = []
+    for parameter, uses in found.values():
+        shape = tuple(parameter.shape)
+        name = sys.intern(uses[0].name)  # the checkpoint has it too
+        shape = shapes.setdefault(shape, shape)
+        weights.append(Weight(name, shape, parameter.dtype, parameter.requires_grad, tuple(uses)))
+    return weights
 
 
 def _check_plain(parameter: nn.Parameter, module: str, local_name: str) -> None:

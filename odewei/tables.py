@@ -14,7 +14,7 @@ from torch import nn
 
 from odewei.loaders.base import WeightInfo
 from odewei.scheduler.rows import TablePlace
-from odewei.survey import Weight
+from odewei.survey import Weight, walk
 
 __all__ = ["cache_shares", "find_tables", "table_place"]
 
@@ -25,13 +25,12 @@ _PART_OF_BUDGET = 64
 
 def find_tables(model: nn.Module, weights: Sequence[Weight], infos: Mapping[str, WeightInfo]) -> list[Weight]:
     """The weights that are large, lie row after row in a file, and are looked up by every module that has them."""
-    modules = dict(model.named_modules())
+    large = [weight for weight in weights if weight.name in infos and _lies_in_rows(infos[weight.name])]
+    modules = {name: module for name, module, _ in walk(model)} if large else {}
     return [
         weight
-        for weight in weights
-        if weight.name in infos
-        and _lies_in_rows(infos[weight.name])
-        and all(
+        for weight in large
+        if all(
             _looks_up(type(modules[use.module]), use.local_name) and not _writes(modules[use.module])
             for use in weight.uses
         )

@@ -190,7 +190,7 @@ def _choose(name: str, module: nn.Module) -> bool:
 def test_the_units_are_those_of_the_plain_twin(model: nn.Module, most: int, granularity: Granularity) -> None:
     """Names, weights, hooked modules and order of all units are what the rules say word for word."""
     weights = survey(model)
-    nbytes = {weight.name: weight.parameter.nbytes for weight in weights}
+    nbytes = {weight.name: weight.numel * weight.dtype.itemsize for weight in weights}
     units = partition(model, weights, nbytes, most, granularity)
     assert units == PlainTwin(model, weights, nbytes, most, granularity).partition()
     held = [weight.name for unit in units for weight in unit.weights]
@@ -214,7 +214,7 @@ def test_a_cycle_of_modules_is_cut_like_any_other() -> None:
     model.inner, inner.outer = inner, model
     inner.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     weights = survey(model)
-    nbytes = {weight.name: weight.parameter.nbytes for weight in weights}
+    nbytes = {weight.name: weight.numel * weight.dtype.itemsize for weight in weights}
     assert partition(model, weights, nbytes, 1000) == PlainTwin(model, weights, nbytes, 1000, "auto").partition()
 
 
@@ -257,7 +257,7 @@ def test_the_cost_of_a_module_does_not_grow_with_their_number(shape: str, granul
     def steps(count: int) -> float:
         model = _SHAPES[shape](count)
         weights = survey(model)
-        nbytes = {weight.name: weight.parameter.nbytes for weight in weights}
+        nbytes = {weight.name: weight.numel * weight.dtype.itemsize for weight in weights}
         units: list[Unit] = []
 
         def cut() -> None:

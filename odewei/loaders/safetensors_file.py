@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -124,7 +125,7 @@ def _weight(name: str, entry: object, data_start: int, file: CheckpointFile) -> 
         if bounded > _MAX_COUNT:
             _refuse(file, f"the shape {_brief(list(shape))} has more elements than can be counted", weight=name)
     begin, end = offsets
-    info = WeightInfo(name, dtype, shape, Span(file, data_start + begin, end - begin))
+    info = WeightInfo(sys.intern(name), dtype, shape, Span(file, data_start + begin, end - begin))
     if info.nbytes != end - begin:
         what = f"{entry['dtype']} of shape {_brief(list(shape))} takes {info.nbytes} bytes"
         _refuse(file, f"{what}, but its data_offsets hold {end - begin}", weight=name)

@@ -144,7 +144,7 @@ class Ledger:
                 record.account.counters.hits += 1
                 return None
             waiter = Waiter(unit)
-            record.waiters.append(waiter)
+            record.waiters += (waiter,)
             self._demanded[unit] = record
             return waiter
 
@@ -158,7 +158,7 @@ class Ledger:
         with self.lock:
             record = self.units.get(waiter.unit)
             if record is not None and waiter in record.waiters:
-                record.waiters.remove(waiter)
+                record.waiters = tuple(other for other in record.waiters if other is not waiter)
                 if not record.waiters:
                     self._demanded.pop(waiter.unit, None)
 
@@ -394,7 +394,7 @@ class Ledger:
         for waiter in record.waiters:
             waiter.error = error
             waiter.done.set()
-        record.waiters.clear()
+        record.waiters = ()
         self._demanded.pop(record.id, None)
 
     # -- what passes have shown --------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ __all__ = [
     "ReadSettings",
     "UnitReadPlan",
     "Wanted",
+    "size_without_plan",
 ]
 
 _IN_PLACE_FROM = 1 << 20  # shorter stretches are not worth their page of slack at either end
@@ -162,6 +163,20 @@ class UnitReadPlan:
     def make(cls, wanted: Sequence[Wanted], settings: ReadSettings) -> UnitReadPlan:
         """The plan for a unit's weights, in any order."""
         return _Layout(settings).plan(wanted)
+
+
+def size_without_plan(wanted: Sequence[Wanted]) -> int | None:
+    """The bytes of the slab that a plan for these weights would have, if it is plain to see: all of them lie in files
+    and are too small to be read in place. None otherwise.
+    """
+    stored = 0
+    for weight in wanted:
+        if weight.info.span is None:
+            return None
+        stored += weight.info.nbytes + _LARGEST_GAP
+    if stored >= _IN_PLACE_FROM:
+        return None
+    return slab_bytes(sum(round_up(weight.nbytes, ALIGNMENT) for weight in wanted))
 
 
 class _Layout:

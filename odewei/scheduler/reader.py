@@ -22,7 +22,18 @@ import torch
 
 from odewei.errors import OdeweiError, WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightsLoader
-from odewei.scheduler.read_plan import Cast, CopiedRead, LoaderRead, PlacedRead, Placement, Read, UnitReadPlan
+from odewei.scheduler.read_plan import (
+    Cast,
+    CopiedRead,
+    LoaderRead,
+    PlacedRead,
+    Placement,
+    Read,
+    ReadSettings,
+    UnitReadPlan,
+    Wanted,
+    size_without_plan,
+)
 from odewei.scheduler.slabs import PAGE, Bytes
 
 __all__ = [
@@ -191,15 +202,24 @@ def cannot_read(file: CheckpointFile, error: OSError) -> WeightReadError:
 
 
 class PlannedUnit:
-    """A unit whose weights' places are known: the plan, done."""
+    """A unit whose weights' places are known: the plan, done. A small unit's plan, which may be larger than the unit,
+    is made each time that it is needed.
+    """
 
-    def __init__(self, plan: UnitReadPlan, loader: WeightsLoader) -> None:
-        self.plan = plan
+    __slots__ = ("_loader", "_plan", "_settings", "_wanted", "nbytes")
+
+    def __init__(self, wanted: Sequence[Wanted], settings: ReadSettings, loader: WeightsLoader) -> None:
+        self._wanted = wanted
+        self._settings = settings
         self._loader = loader
+        nbytes = size_without_plan(wanted)
+        self._plan = UnitReadPlan.make(wanted, settings) if nbytes is None else None
+        self.nbytes: int = self.plan.nbytes if nbytes is None else nbytes
 
     @property
-    def nbytes(self) -> int:
-        return self.plan.nbytes
+    def plan(self) -> UnitReadPlan:
+        """How it is read."""
+        return self._plan or UnitReadPlan.make(self._wanted, self._settings)
 
     def jobs(self) -> Sequence[Job]:
         return [_PlannedJob(reads, self._loader) for reads in self.plan.jobs]

@@ -150,4 +150,4 @@ class UnitRecord:
     ahead: bool = False  # fetched before its use, and not used since
     stays: bool = False  # never evicted (written to in place, or for good)
     slab: Slab | None = None
-    waiters: list[Waiter] = field(default_factory=list)
+    waiters: tuple[Waiter, ...] = ()

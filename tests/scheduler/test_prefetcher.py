@@ -12,7 +12,7 @@ import torch
 from odewei.errors import ClosedError, ModelError, WeightReadError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
 from odewei.scheduler.prefetcher import PrefetchingDriver
-from odewei.scheduler.read_plan import ReadSettings, UnitReadPlan, Wanted
+from odewei.scheduler.read_plan import ReadSettings, Wanted
 from odewei.scheduler.reader import FileTable, PlannedUnit
 
 from .fakes import PATIENCE, Forward, Setup, running_frame, started
@@ -274,9 +274,8 @@ def test_files_are_opened_and_read_in_reader_threads(tmp_path: Path, exists: boo
     path = tmp_path / "weights.bin"
     path.write_bytes(bytes(range(256)) * 64)
     info = WeightInfo("w", torch.uint8, (PAGE,), Span(CheckpointFile.stat(path), 256, PAGE))
-    plan = UnitReadPlan.make([Wanted("w", info, torch.uint8)], ReadSettings(direct=True))
-    setup = Setup([plan.nbytes], plan.nbytes, depth=1)
-    unit = PlannedUnit(plan, None)  # type: ignore[arg-type]
+    unit = PlannedUnit([Wanted("w", info, torch.uint8)], ReadSettings(direct=True), None)  # type: ignore[arg-type]
+    setup = Setup([unit.nbytes], unit.nbytes, depth=1)
     files = FileTable(direct=True, scratch_bytes=4 * PAGE)
     driver = setup.driver
     setup.account.files = files

@@ -132,7 +132,7 @@ class CaseLoader(WeightsLoader):
 
 
 def execute(case: Case, plan: UnitReadPlan, *, direct: bool, order: random.Random) -> dict[str, torch.Tensor]:
-    """Run the jobs of a plan in random order into memory that held something else before."""
+    """Run the jobs of the case's plan in random order into memory that held something else before."""
     files = FileTable(direct=direct, scratch_bytes=SCRATCH)
     files.scratch()[:] = 0xAA
     pool = SlabPool(Budget(plan.nbytes))
@@ -140,8 +140,9 @@ def execute(case: Case, plan: UnitReadPlan, *, direct: bool, order: random.Rando
     assert slab is not None
     view = pool.lend(slab)
     view[:] = 0x55
-    reader = PlannedUnit(plan, CaseLoader(case))
+    reader = PlannedUnit(case.wanted, ReadSettings(direct, CHUNK, SCRATCH), CaseLoader(case))
     assert reader.nbytes == plan.nbytes
+    assert reader.plan == plan
     jobs = list(reader.jobs())
     order.shuffle(jobs)
     for job in jobs:
@@ -224,9 +225,9 @@ def test_what_is_read_is_what_is_stored(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_IN_PLACE_FROM", in_place_from)
         plan = UnitReadPlan.make(case.wanted, ReadSettings(direct, CHUNK, SCRATCH))
+        tensors = execute(case, plan, direct=direct, order=random.Random(seed))
     check_placements(plan, case.wanted)
     check_reads(plan, direct=direct)
-    tensors = execute(case, plan, direct=direct, order=random.Random(seed))
     for wanted in case.wanted:
         found, expected = tensors[wanted.name], case.expected(wanted)
         assert same_bytes(found, expected, cast=wanted.casts), wanted

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from odewei.errors import MissingWeightError, WeightReadError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightsLoader
 from odewei.scheduler import read_plan
-from odewei.scheduler.read_plan import Placement, ReadSettings, UnitReadPlan, Wanted
+from odewei.scheduler.read_plan import Placement, ReadSettings, Wanted
 from odewei.scheduler.reader import FileTable, PlannedUnit, open_direct, tensors_over
 from odewei.scheduler.slabs import PAGE, Bytes
 
@@ -73,7 +73,7 @@ def read_all(files: FileTable, file: CheckpointFile) -> bytes:
 
 def unit_of(file: CheckpointFile, *, direct: bool, nbytes: int = NBYTES) -> PlannedUnit:
     info = WeightInfo("w", torch.uint8, (nbytes,), Span(file, 0, nbytes))
-    return PlannedUnit(UnitReadPlan.make([Wanted("w", info, torch.uint8)], ReadSettings(direct)), NoLoader())
+    return PlannedUnit([Wanted("w", info, torch.uint8)], ReadSettings(direct), NoLoader())
 
 
 class NoLoader(WeightsLoader):
@@ -251,26 +251,26 @@ def test_shifted_reads_survive_short_ones(
     files = FileTable(direct=direct, scratch_bytes=8192)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read_plan, "_IN_PLACE_FROM", 1)
-        plan = UnitReadPlan.make([Wanted("w", info, torch.uint8)], ReadSettings(direct, 8192, 8192))
+        unit = PlannedUnit([Wanted("w", info, torch.uint8)], ReadSettings(direct, 8192, 8192), NoLoader())
         system = System(os.preadv)
         system.most = most
         patch.setattr(os, "preadv", system.preadv)
-        slab = np.frombuffer(bytearray(plan.nbytes), np.uint8)
-        for job in PlannedUnit(plan, NoLoader()).jobs():
+        slab = np.frombuffer(bytearray(unit.nbytes), np.uint8)
+        for job in unit.jobs():
             job.run(slab, files)
     files.close()
-    assert bytes(tensors_over(slab, plan.placements)["w"].numpy()) == path.read_bytes()[offset:]
+    assert bytes(unit.tensors(slab)["w"].numpy()) == path.read_bytes()[offset:]
 
 
 @pytest.mark.parametrize("error", [MissingWeightError("gone", weight="w"), ValueError("odd")])
 def test_the_error_of_a_loader_is_told(error: Exception) -> None:
     """Errors of the library pass as they are; others are chained to one that names the weight."""
     info = WeightInfo("w", torch.uint8, (5,), None)
-    plan = UnitReadPlan.make([Wanted("w", info, torch.uint8)], ReadSettings(False))
-    (job,) = PlannedUnit(plan, NoLoader(error)).jobs()
+    unit = PlannedUnit([Wanted("w", info, torch.uint8)], ReadSettings(False), NoLoader(error))
+    (job,) = unit.jobs()
     assert list(job.files()) == []
     with pytest.raises((MissingWeightError, WeightReadError)) as caught:
-        job.run(np.zeros(plan.nbytes, np.uint8), FileTable(direct=False, scratch_bytes=PAGE))
+        job.run(np.zeros(unit.nbytes, np.uint8), FileTable(direct=False, scratch_bytes=PAGE))
     assert caught.value is error or caught.value.__cause__ is error
     assert caught.value.weight == "w"
 
