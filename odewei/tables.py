@@ -6,6 +6,7 @@ costs time, because the weight itself (``looked_up``) is right whatever is done 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 
@@ -27,11 +28,12 @@ def find_tables(model: nn.Module, weights: Sequence[Weight], infos: Mapping[str,
     """The weights that are large, lie row after row in a file, and are looked up by every module that has them."""
     large = [weight for weight in weights if weight.name in infos and _lies_in_rows(infos[weight.name])]
     modules = {name: module for name, module, _ in walk(model)} if large else {}
+    looks_up = functools.cache(_looks_up)  # a model has many layers, and few kinds of them
     return [
         weight
         for weight in large
         if all(
-            _looks_up(type(modules[use.module]), use.local_name) and not _writes(modules[use.module])
+            looks_up(type(modules[use.module]), use.local_name) and not _writes(modules[use.module])
             for use in weight.uses
         )
     ]
