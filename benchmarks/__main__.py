@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _limits(settings: Settings) -> tuple[Limits, list[str]]:
-    """What can be limited here, and what has to be said of it. Exits where a throttle is asked for and there is none."""
+    """What can be limited here, and what has to be said of it. Exits where a throttle cannot be had."""
     notes: list[str] = []
     memory = io = None
     device = device_of(settings.folder) or ""

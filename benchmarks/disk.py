@@ -139,7 +139,7 @@ def _drop_file(file: Path) -> None:
 
 
 def own_bytes(folder: Path) -> int:
-    """Bytes on the disk that would be free again without ``folder``: what is linked from elsewhere as well costs none."""
+    """Bytes that would be free again without ``folder``: what is linked from elsewhere too costs none."""
     stats = (file.lstat() for file in folder.rglob("*") if file.is_file())
     return sum(stat.st_blocks * 512 for stat in stats if stat.st_nlink == 1)
 
