@@ -121,7 +121,8 @@ class Runner:
     def _peer(self, peer: str, trio: _Trio) -> list[Row]:
         """One peer at each token count. Its first pass is not counted."""
         counts = [tokens for tokens in trio.tokens if tokens in self._settings.tokens_of(peer)]
-        make = {"part": trio.part, "contender": peer, "limit_bytes": trio.limit_bytes, "percent": trio.percent}
+        part = "peer" if trio.part == "main" else trio.part
+        make = {"part": part, "contender": peer, "limit_bytes": trio.limit_bytes, "percent": trio.percent}
         left = [Row(tokens=tokens, **make) for tokens in counts]
         done: list[Row] = []
         why_not = self._why_not(peer)
