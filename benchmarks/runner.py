@@ -122,8 +122,8 @@ class Runner:
         """One peer at each token count. Its first pass is not counted."""
         counts = [tokens for tokens in trio.tokens if tokens in self._settings.tokens_of(peer)]
         part = "peer" if trio.part == "main" else trio.part
-        make = {"part": part, "contender": peer, "limit_bytes": trio.limit_bytes, "percent": trio.percent}
-        left = [Row(tokens=tokens, **make) for tokens in counts]
+        first = Row(part=part, contender=peer, tokens=counts[0], limit_bytes=trio.limit_bytes, percent=trio.percent)
+        left = [replace(first, tokens=tokens) for tokens in counts]
         done: list[Row] = []
         why_not = self._why_not(peer)
         if why_not:
