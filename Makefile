@@ -2,7 +2,7 @@
 #
 #   make demo DEMO_ARGS="--size 512MiB"     options of the demo (see: .venv/bin/odewei demo --help)
 #   make test TEST_ARGS="-k sharded -x"     options of pytest
-#   make bench BENCH_ARGS="--disk 9GB"      options of the benchmark (see: .venv/bin/python -m benchmarks --help)
+#   make bench BENCH_ARGS="--peers mmap"    options of the benchmark (see: .venv/bin/python -m benchmarks --help)
 #   make env  PYTHON=/path/to/python3.12    another interpreter (after: make clean)
 
 VENV ?= .venv

@@ -18,13 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import odewei
-from benchmarks.cgroup import GroupError, Limits, find_controllers
+from benchmarks.cgroup import GroupError, Limits, find_controllers, remove_stale
 from benchmarks.disk import device_name, device_of
 from benchmarks.record import Record
 from benchmarks.report import render, summary
 from benchmarks.runner import Runner
 from benchmarks.settings import Settings, parse_settings
 from benchmarks.verdicts import verdicts, wrong_bits
+from odewei.demo.needs import need_folder
 from odewei.demo.synthetic import write_llama_checkpoint
 
 _PACKAGES = ("torch", "safetensors", "transformers", "accelerate", "airllm")
@@ -42,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def say(line: str) -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
-    say(f"checkpoint of {settings.weight_bytes / 1e9:.2f} GB")
-    write_llama_checkpoint(settings.checkpoint, settings.shape)
-    os.sync()  # what is still being written would slow the first reads
+    need_folder(settings.folder, "Choose another with --folder")
     limits, notes = _limits(settings)
     for note in notes:
         say(note)
+    say(f"checkpoint of {settings.weight_bytes / 1e9:.2f} GB")
+    write_llama_checkpoint(settings.checkpoint, settings.shape, shard_bytes=settings.shard_bytes)
+    os.sync()  # what is still being written would slow the first reads
     runner = Runner(settings, limits, say)
     runner.run()
     record = Record(
@@ -71,13 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _limits(settings: Settings) -> tuple[Limits, list[str]]:
-    """What can be limited here, and what has to be said of it."""
+    """What can be limited here, and what has to be said of it. Exits where a throttle cannot be had."""
     notes: list[str] = []
     memory = io = None
-    device = device_of(settings.checkpoint) or ""
+    device = device_of(settings.folder) or ""
     try:
         if settings.throttle_bytes is not None:
+            if not device:
+                raise GroupError(f"{settings.folder} is on no disk that the kernel shows; choose another with --folder")
             memory, io = find_controllers("memory", "io")
+            with Limits(memory, io, device, settings.throttle_bytes).group("throttle", None):
+                pass  # now, and not after minutes, it shows whether the kernel throttles this disk
             notes.append(f"The disk was throttled to {settings.throttle_bytes / 1e9:.2f} GB/s for each process.")
         else:
             (memory,) = find_controllers("memory")
@@ -91,6 +97,9 @@ def _limits(settings: Settings) -> tuple[Limits, list[str]]:
             f"**The memory limit could not be set ({error}): the page cache was NOT limited.** Whoever reads through "
             "it (every peer) may have been faster than under a limit; odewei's budget was set by number."
         )
+    left = remove_stale(*(controller for controller in (memory, io) if controller is not None))
+    if left:
+        print(f"removed {len(left)} empty control groups of runs that were killed", file=sys.stderr)
     return Limits(memory, io, device, settings.throttle_bytes), notes
 
 

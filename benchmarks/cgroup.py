@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-__all__ = ["Controller", "Group", "GroupError", "Limits", "find_controllers"]
+__all__ = ["Controller", "Group", "GroupError", "Limits", "find_controllers", "remove_stale"]
 
 _PREFIX = "odewei-bench-"
 _CLOSE_SECONDS = 5.0
@@ -98,6 +98,24 @@ def find_controllers(*names: str, proc: Path = Path("/proc/self")) -> tuple[Cont
         if len({controller.base for controller in chosen if controller.version == 2}) <= 1:
             return chosen
     raise GroupError(reasons[0] if reasons else f"the kernel offers no control groups for {' and '.join(names)} here")
+
+
+def remove_stale(*controllers: Controller, proc: Path = Path("/proc")) -> list[str]:
+    """Remove the groups that a killed run has left below the bases of ``controllers``; their names.
+
+    Only groups of this benchmark are looked at, and of those only such as nobody is in and whose maker, which its name
+    tells, is gone. A run that goes on beside this one keeps its groups.
+    """
+    removed = []
+    for base in dict.fromkeys(controller.base for controller in controllers):
+        for folder in sorted(base.glob(f"{_PREFIX}*-*")):
+            maker = folder.name.removeprefix(_PREFIX).split("-")[0]
+            if not maker.isdigit() or (proc / maker).exists() or _read(folder / "cgroup.procs").strip():
+                continue
+            with contextlib.suppress(OSError):  # somebody else was faster, or has just entered it
+                folder.rmdir()
+                removed.append(folder.name)
+    return removed
 
 
 def _candidates(name: str, proc: Path, reasons: list[str]) -> Iterator[Controller]:

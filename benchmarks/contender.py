@@ -8,8 +8,8 @@ standard input and output; what libraries print goes to standard error. Ends whe
   counts.
 - ``{"do": "start", "tokens": n}``: build the model, make one pass; seconds of both.
 - ``{"do": "pass", "tokens": n, "uncounted": n, "counted": n}``: passes in a row, nothing between them.
-- ``{"do": "pair", "folder": ..., "budget_bytes": n}`` and ``{"do": "pair_pass", "tokens": n, "counted": n}``: odewei
-  with room for everything and the resident model in one process, by turns.
+- ``{"do": "pair", "folder": ..., "budget_bytes": n}`` and ``{"do": "pair_pass", "tokens": n, "counted": n}``, to the
+  resident model: odewei with room for everything beside it in one process, by turns.
 - ``{"do": "report"}``: what odewei says of itself.
 """
 
@@ -74,8 +74,9 @@ class _Contender:
     def pair(self, folder: str, budget_bytes: int) -> dict[str, Any]:
         from benchmarks.peers import CONTENDERS, Job
 
+        assert self._model is not None, "start comes first"
         job = Job(folder=Path(folder), scratch=Path(folder), keywords={"memory_budget": budget_bytes})
-        self._pair = {name: CONTENDERS[name](job)() for name in ("odewei", "resident")}
+        self._pair = {"odewei": CONTENDERS["odewei"](job)(), "resident": self._model}
         return {}
 
     def pair_pass(self, tokens: int, counted: int) -> dict[str, Any]:

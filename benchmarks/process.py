@@ -36,12 +36,20 @@ class Process:
 
     def ask(self, do: str, *, timeout_seconds: float = 600.0, **request: Any) -> dict[str, Any]:
         """The answer to one request. Raises ContenderError with the reason where there is none."""
+        self.tell(do, **request)
+        return self.answer(timeout_seconds=timeout_seconds)
+
+    def tell(self, do: str, **request: Any) -> None:
+        """Send a request and do not wait; :meth:`answer` has to follow before the next one."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise ContenderError(self._why_it_ended()) from None
+
+    def answer(self, *, timeout_seconds: float = 600.0) -> dict[str, Any]:
+        """The answer to what was told."""
         answer: dict[str, Any] = json.loads(self._line(timeout_seconds))
         if "error" in answer:
             raise ContenderError(answer["error"])

@@ -1,6 +1,6 @@
 """What a run measured: frozen values that become JSON as they are. Knows nothing of how it was measured.
 
-Seconds and bytes are as measured, one list a round; a round is passes in a row, nothing between them.
+Seconds and bytes are as measured, one list a round; a round is passes that are one figure, most often a single one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Row:
       memory), "cold" (a fresh process: build and first pass).
     - ``rounds``: seconds of each counted pass. ``read_bytes``: a pass, one number a round; odewei's own count, or
       what the kernel read from disks for the process.
-    - ``bandwidths``: bytes a second of the plain read, one a round, the mean of the reads before and after it; for a
-      peer the two around all of its passes.
-    - ``beside``: seconds of whom the contender is compared with, measured next to it: odewei before and after a peer;
+    - ``bandwidths``: bytes a second of the plain read, one a round, the mean of the nearest reads before and after it;
+      for a peer the two around all of its passes.
+    - ``beside``: seconds of whom the contender is compared with, measured around it: odewei before and after the peers;
       the resident model pass by pass where everything fits.
     - ``why_not``: why there are no figures, or not all of them.
     """

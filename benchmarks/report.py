@@ -103,13 +103,14 @@ def _how(record: Record) -> str:
     last = "" if compute is None else f", here {last_unit_seconds(record, compute) * 1000:.0f} ms"
     lines = [
         "The floor is the larger of computing with all weights resident and of the bytes that odewei read, at the "
-        "bandwidth of a plain parallel direct read; all three are of the same round, and the figure is the median of "
-        f"{record.passes} rounds.",
-        "odewei reads ahead into the next pass, so its passes follow each other without pause: in each round one that "
-        "is not counted, then two that are; bytes are divided by passes.",
-        "A peer runs alone in its process, its page cache empty at the start; one pass is not counted, then "
-        f"{record.passes} are (AirLLM: at most 3, for they are long). It is compared with odewei's passes right before "
-        "and right after it.",
+        "bandwidth of a plain parallel direct read right before and after; the figure is the median over "
+        f"{record.passes} passes, the n-th of odewei with the n-th of the resident model.",
+        "The passes of odewei, its plain twin and the resident model are measured in two groups, the larger one before "
+        "the peers and the other after them. In each group they follow each other without pause, after one that is not "
+        "counted: odewei reads ahead into the next pass.",
+        "A peer runs alone in its process, its page cache empty at the start; its first pass is not counted, then "
+        f"{record.passes} at each number of tokens are. It is compared with the median of odewei's passes before and "
+        "after the peers. Its column of the plain read is the mean of the reads before and after it.",
         f"The bound on bytes is weights − budget + unit × ({AUTO_WINDOW_UNITS} + 1): a unit is "
         f'{record.unit_bytes / 1e6:.0f} MB, and the window of prefetch_depth="auto" is taken as '
         f"{AUTO_WINDOW_UNITS} units.",

@@ -1,8 +1,12 @@
 """The order of measurements. Starts processes and asks them; computes no ratio and writes no report.
 
-What is compared is measured next to each other: the resident model, odewei and its plain twin take turns, with a plain
-read between the rounds; each peer runs alone (two processes that map the same files would share a page cache), with a
-plain read and odewei before it and after it.
+A contender is one process for all token counts, and each has its own. What is compared is measured next to each other:
+the resident model, odewei and its plain twin take turns in two groups of passes, with a plain read around each; between
+the two groups the peers run, each alone (two processes that map the same files would share a page cache).
+
+Starting takes a third of the time. So processes that follow each other are launched together, and import at the same
+time while nothing is measured; and the resident model of the main part is also the one that everything is compared
+with where everything fits.
 """
 
 from __future__ import annotations
@@ -10,24 +14,28 @@ from __future__ import annotations
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cgroup import Limits
-from benchmarks.disk import drop_page_cache
+from benchmarks.disk import drop_page_cache, own_bytes
 from benchmarks.memory import available_bytes, touch
 from benchmarks.process import ContenderError, Process, started
 from benchmarks.record import PLAIN_TWIN, Row
 from benchmarks.settings import ALLOWANCE_BYTES, Settings
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "groups"]
 
 _SPARE_BYTES = 1_000_000_000
-_AIRLLM_PASSES = 3
-_STREAMED_PASSES = 2  # of odewei, in a row and counted, after one that is not
+_PAIRS = (8, 3)  # of everything that fits, times passes, at the two token counts: a short pass is a noisy one
+
+
+def groups(passes: int) -> list[int]:
+    """How many of ``passes`` are measured before the peers, and how many after them."""
+    return [count for count in ((passes + 1) // 2, passes // 2) if count]
 
 
 class Runner:
@@ -52,37 +60,43 @@ class Runner:
             for percent in self._settings.budgets:
                 self._sweep(percent)
         self._reader = None
-        self._fits()
         if not self._whole_cache:
             self.notes.append("The page cache could be emptied for the checkpoint's files only, not as a whole.")
 
     def _main_and_peers(self) -> None:
         settings = self._settings
-        with self._trio("main", settings.limit_bytes, settings.budget_bytes, None) as trio:
-            for tokens in settings.tokens:
-                trio.compare(tokens)
+        with self._trio("main", settings.limit_bytes, settings.budget_bytes, None, settings.tokens) as trio:
+            self._around(trio, settings.peers)
             self.reports["odewei"] = trio.text()
-            trio.end_all_but_odewei()
-            for peer in settings.peers:
-                self._peer(peer, trio, settings.tokens_of(peer), "peer", None)
+            trio.end_all_but_resident()
+            self._fits(trio.processes.get("resident"))
 
     def _sweep(self, percent: int) -> None:
         budget = self._settings.sweep_budget_bytes(percent)
-        with self._trio("sweep", budget + ALLOWANCE_BYTES, budget, percent) as trio:
-            trio.compare(self._settings.tokens[0])
-            trio.end_all_but_odewei()
-            if percent == max(self._settings.budgets):
-                for peer in self._settings.sweep_peers:
-                    self._peer(peer, trio, self._settings.tokens[:1], "sweep", percent)
+        with self._trio("sweep", budget + ALLOWANCE_BYTES, budget, percent, self._settings.tokens[:1]) as trio:
+            self._around(trio, self._settings.sweep_peers if percent == max(self._settings.budgets) else ())
+
+    def _around(self, trio: _Trio, peers: Sequence[str]) -> None:
+        """The trio's passes before the peers, the peers, the trio's passes after them."""
+        before, *after = groups(self._settings.passes)
+        trio.compare(before)
+        found = self._peers(peers, trio)
+        for count in after:
+            trio.compare(count)
+        trio.finish()
+        self.rows += [replace(row, beside=trio.odewei_seconds(row.tokens)) if row.rounds else row for row in found]
 
     @contextmanager
-    def _trio(self, part: str, limit_bytes: int, budget_bytes: int | None, percent: int | None) -> Iterator[_Trio]:
+    def _trio(
+        self, part: str, limit_bytes: int, budget_bytes: int | None, percent: int | None, tokens: Sequence[int]
+    ) -> Iterator[_Trio]:
+        keywords = self._keywords(budget_bytes, limit_bytes)
+        wanted = {"odewei": keywords, PLAIN_TWIN: keywords | {"prefetch_depth": 0}}
+        if part == "main":
+            wanted["resident"] = {}
         with ExitStack() as stack:
-            trio = _Trio(self, part, limit_bytes, percent, stack)
-            trio.start("odewei", self._keywords(budget_bytes, limit_bytes))
-            trio.start(PLAIN_TWIN, self._keywords(budget_bytes, limit_bytes) | {"prefetch_depth": 0})
-            if part == "main":
-                trio.start("resident", {})
+            trio = _Trio(self, part, limit_bytes, percent, tokens, stack)
+            trio.start(wanted)
             yield trio
 
     def _keywords(self, budget_bytes: int | None, limit_bytes: int) -> dict[str, Any]:
@@ -91,41 +105,52 @@ class Runner:
             budget_bytes = limit_bytes - ALLOWANCE_BYTES
         return {} if budget_bytes is None else {"memory_budget": budget_bytes}
 
-    def _peer(self, peer: str, trio: _Trio, counts: tuple[int, ...], part: str, percent: int | None) -> None:
-        """One peer, alone, at each token count; odewei's passes before and after it."""
-        rows = [Row(part=part, contender=peer, tokens=n, limit_bytes=trio.limit_bytes, percent=percent) for n in counts]
+    def _peers(self, peers: Sequence[str], trio: _Trio) -> list[Row]:
+        """Each peer alone, with a plain read before it and after it."""
+        found = []
+        before = self._bandwidth() if peers else 0.0
+        for peer in peers:
+            rows = self._peer(peer, trio)
+            if any(row.rounds for row in rows):
+                after = self._bandwidth()
+                rows = [replace(row, bandwidths=[(before + after) / 2]) if row.rounds else row for row in rows]
+                before = after
+            found += rows
+        return found
+
+    def _peer(self, peer: str, trio: _Trio) -> list[Row]:
+        """One peer at each token count. Its first pass is not counted."""
+        counts = [tokens for tokens in trio.tokens if tokens in self._settings.tokens_of(peer)]
+        part = "peer" if trio.part == "main" else trio.part
+        first = Row(part=part, contender=peer, tokens=counts[0], limit_bytes=trio.limit_bytes, percent=trio.percent)
+        left = [replace(first, tokens=tokens) for tokens in counts]
+        done: list[Row] = []
         why_not = self._why_not(peer)
         if why_not:
-            self.rows += [replace(row, why_not=why_not) for row in rows]
-            return
-        passes = min(self._settings.passes, _AIRLLM_PASSES) if peer == "airllm" else self._settings.passes
+            return [replace(row, why_not=why_not) for row in left]
         with tempfile.TemporaryDirectory(dir=self._settings.folder) as scratch, ExitStack() as stack:
-            process = None
-            for row in rows:
-                try:
-                    before, beside = self._bandwidth(), trio.beside(row.tokens)
-                    if process is None:
-                        process = stack.enter_context(self._process(peer, trio.limit_bytes))
-                        self._start(process, peer, {}, row.tokens, trio.limit_bytes, Path(scratch))
-                    self._say(f"{peer}, {row.tokens} tokens")
-                    answer = process.ask("pass", tokens=row.tokens, uncounted=1, counted=passes)
-                    beside += trio.beside(row.tokens)
-                    bandwidth = (before + self._bandwidth()) / 2
-                except ContenderError as error:
-                    self._say(f"{peer}: not run: {error}")
-                    left = rows[rows.index(row) :]
-                    self.rows += [replace(each, why_not=f"not run: {error}") for each in left]
-                    return
-                measured = replace(
-                    row,
-                    rounds=[[seconds] for seconds in answer["seconds"]],
-                    read_bytes=answer["disk_bytes"],
-                    bandwidths=[bandwidth],
-                    beside=beside,
-                    bits=answer["bits"],
-                    peak_bytes=process.group.peak_bytes(),
-                )
-                self.rows.append(measured)
+            try:
+                process = stack.enter_context(self._process(peer, trio.limit_bytes))
+                self._launch(process, peer, {}, Path(scratch))
+                self._start(process, peer, left[0].tokens, trio.limit_bytes)
+                written = own_bytes(Path(scratch))
+                if written > self._settings.weight_bytes // 100:
+                    self.notes.append(f"{peer} wrote {written / 1e9:.2f} GB of its own before its first pass.")
+                while left:
+                    self._say(f"{peer}, {left[0].tokens} tokens")
+                    answer = process.ask("pass", tokens=left[0].tokens, uncounted=0, counted=self._settings.passes)
+                    measured = replace(
+                        left.pop(0),
+                        rounds=[[seconds] for seconds in answer["seconds"]],
+                        read_bytes=answer["disk_bytes"],
+                        bits=answer["bits"],
+                        peak_bytes=process.group.peak_bytes(),
+                    )
+                    done.append(measured)
+            except ContenderError as error:
+                self._say(f"{peer}: not run: {error}")
+                done += [replace(row, why_not=f"not run: {error}") for row in left]
+        return done
 
     def _why_not(self, peer: str) -> str:
         settings = self._settings
@@ -137,18 +162,24 @@ class Runner:
     def _cold(self) -> None:
         """Fresh processes, nothing in the page cache: build and first pass; imports are not counted."""
         settings, tokens = self._settings, self._settings.tokens[0]
-        rounds, bandwidths, bits, budget = [], [], set[str](), None
+        rounds, widths, bits, budget = [], [self._bandwidth()], set[str](), None
+        keywords = self._keywords(settings.budget_bytes, settings.limit_bytes)
         try:
-            for _ in range(settings.passes):
-                self._say("cold start")
-                before = self._bandwidth()
-                with self._process("cold", settings.limit_bytes) as process:
-                    keywords = self._keywords(settings.budget_bytes, settings.limit_bytes)
-                    answer = self._start(process, "odewei", keywords, tokens, settings.limit_bytes)
+            with ExitStack() as stack:
+                waiting = []
+                for _ in range(settings.passes):
+                    own = stack.enter_context(ExitStack())
+                    process = own.enter_context(self._process("cold", settings.limit_bytes))
+                    self._launch(process, "odewei", keywords)
+                    waiting.append((process, own))
+                for process, own in waiting:
+                    self._say("cold start")
+                    answer = self._start(process, "odewei", tokens, settings.limit_bytes)
                     budget = process.ask("report")["report"]["budget_bytes"]
-                rounds.append([answer["first_seconds"]])
-                bandwidths.append((before + self._bandwidth()) / 2)
-                bits.update(answer["bits"])
+                    own.close()
+                    rounds.append([answer["first_seconds"]])
+                    widths.append(self._bandwidth())
+                    bits.update(answer["bits"])
         except ContenderError as error:
             self.notes.append(f"Cold start, odewei: {error}")
         self.rows.append(
@@ -159,36 +190,35 @@ class Runner:
                 limit_bytes=settings.limit_bytes,
                 budget_bytes=budget,
                 rounds=rounds,
-                bandwidths=bandwidths[: len(rounds)],
+                bandwidths=_means(widths),
                 bits=sorted(bits),
             )
         )
 
-    def _fits(self) -> None:
-        """All weights fit: odewei and the resident model by turns in one process without a limit."""
+    def _fits(self, process: Process | None) -> None:
+        """All weights fit: odewei and the resident model by turns, in the resident model's process without a limit."""
         settings = self._settings
         counts = tuple(dict.fromkeys((settings.tokens[0], settings.tokens[len(settings.tokens) // 2])))
-        budget, needed = 2 * settings.weight_bytes, 2 * settings.weight_bytes + _SPARE_BYTES
-        for tokens in counts:
-            row = Row(part="fits", contender="odewei", tokens=tokens, budget_bytes=budget)
+        budget, needed = 2 * settings.weight_bytes, settings.weight_bytes + _SPARE_BYTES
+        left = [Row(part="fits", contender="odewei", tokens=tokens, budget_bytes=budget) for tokens in counts]
+        try:
+            if process is None:
+                raise ContenderError("the resident model did not run")
             if available_bytes() < needed:
-                self.rows.append(replace(row, why_not=f"not run: needs {needed / 1e9:.1f} GB of memory"))
-                continue
-            self._say(f"everything fits, {tokens} tokens")
-            try:
-                with self._process("fits", None) as process:
-                    touch(needed)
-                    process.ask("pair", folder=str(settings.checkpoint), budget_bytes=budget)
-                    answer = process.ask("pair_pass", tokens=tokens, counted=8 * settings.passes)
-            except ContenderError as error:
-                self.rows.append(replace(row, why_not=f"not run: {error}"))
-                continue
-            seconds, bits = answer["seconds"], answer["bits"]
-            ours, theirs = [[s] for s in seconds["odewei"]], [[s] for s in seconds["resident"]]
-            self.rows.append(replace(row, rounds=ours, beside=seconds["resident"], bits=bits["odewei"]))
-            self.rows.append(
-                replace(row, contender="resident", budget_bytes=None, rounds=theirs, bits=bits["resident"])
-            )
+                raise ContenderError(f"needs {needed / 1e9:.1f} GB of memory more")
+            touch(needed)
+            process.ask("pair", folder=str(settings.checkpoint), budget_bytes=budget)
+            for times in _PAIRS[: len(counts)]:
+                self._say(f"everything fits, {left[0].tokens} tokens")
+                answer = process.ask("pair_pass", tokens=left[0].tokens, counted=times * settings.passes)
+                row, seconds, bits = left.pop(0), answer["seconds"], answer["bits"]
+                ours, theirs = [[s] for s in seconds["odewei"]], [[s] for s in seconds["resident"]]
+                self.rows.append(replace(row, rounds=ours, beside=seconds["resident"], bits=bits["odewei"]))
+                self.rows.append(
+                    replace(row, contender="resident", budget_bytes=None, rounds=theirs, bits=bits["resident"])
+                )
+        except ContenderError as error:
+            self.rows += [replace(row, why_not=f"not run: {error}") for row in left]
 
     @contextmanager
     def _process(self, label: str, limit_bytes: int | None) -> Iterator[Process]:
@@ -196,21 +226,17 @@ class Runner:
         with self._limits.group(f"{self._count}-{label}", limit_bytes) as group, started(group) as process:
             yield process
 
-    def _start(
-        self,
-        process: Process,
-        contender: str,
-        keywords: dict[str, Any],
-        tokens: int,
-        needed_bytes: int,
-        scratch: Path | None = None,
-    ) -> dict[str, Any]:
-        """Import, empty the page cache, touch memory, build, first pass."""
+    def _launch(self, process: Process, contender: str, keywords: dict[str, Any], scratch: Path | None = None) -> None:
+        """Let it import, without waiting; :meth:`_start` has to follow."""
         settings = self._settings
         name = "odewei" if contender == PLAIN_TWIN else contender
         where = {"folder": str(settings.checkpoint), "scratch": str(scratch or settings.folder)}
+        process.tell("prepare", contender=name, keywords=keywords, **where)
+
+    def _start(self, process: Process, contender: str, tokens: int, needed_bytes: int) -> dict[str, Any]:
+        """Wait for its imports, empty the page cache, touch memory, build, first pass."""
         self._say(f"{contender}: build")
-        process.ask("prepare", contender=name, keywords=keywords, **where)
+        process.answer()
         self._whole_cache &= drop_page_cache(self._files)
         touch(needed_bytes + _SPARE_BYTES)
         return process.ask("start", tokens=tokens)
@@ -225,6 +251,18 @@ class Runner:
 
 
 @dataclass(slots=True)
+class _Found:
+    """What one contender's passes at one token count have given so far, one item a pass."""
+
+    seconds: list[float] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+    bandwidths: list[float] = field(default_factory=list)
+    bits: set[str] = field(default_factory=set)
+    budget_bytes: int | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(slots=True)
 class _Trio:
     """odewei, its plain twin and, in the main part, the resident model: alive together, asked by turns."""
 
@@ -232,85 +270,107 @@ class _Trio:
     part: str
     limit_bytes: int
     percent: int | None
+    tokens: Sequence[int]
     stack: ExitStack
     processes: dict[str, Process] = field(default_factory=dict)
     _others: ExitStack = field(default_factory=ExitStack)
+    _found: dict[tuple[int, str], _Found] = field(default_factory=dict)
 
-    def start(self, name: str, keywords: dict[str, Any]) -> None:
-        """Start one; where that fails, a row says why and the others go on."""
-        runner, settings = self.runner, self.runner._settings
-        is_resident = name == "resident"
-        needed = settings.weight_bytes if is_resident else self.limit_bytes
-        if not self.processes:
-            self.stack.enter_context(self._others)  # ends before odewei does
-        try:
-            if is_resident and available_bytes() < needed + 2 * _SPARE_BYTES:
-                raise ContenderError(f"needs {needed / 1e9 + 2:.1f} GB of memory")
-            stack = self.stack if name == "odewei" else self._others
-            label = name.replace(", ", "-").replace("=", "-")
-            process = stack.enter_context(runner._process(label, None if is_resident else self.limit_bytes))
-            runner._start(process, name, keywords, settings.tokens[0], needed)
-            self.processes[name] = process
-        except ContenderError as error:
-            runner._say(f"{name}: not run: {error}")
-            self._add(name, settings.tokens[0], why_not=f"not run: {error}")
+    def start(self, wanted: dict[str, dict[str, Any]]) -> None:
+        """Launch all, then start one after the other; where that fails, a row says why and the others go on."""
+        self.stack.enter_context(self._others)  # ends before the resident model does
+        launched = {}
+        for name, keywords in wanted.items():
+            with self._or_a_row("not run", name):
+                launched[name] = self._launch(name, keywords)
+        for name, process in launched.items():
+            with self._or_a_row("not run", name):
+                needed = self.runner._settings.weight_bytes if name == "resident" else self.limit_bytes
+                self.runner._start(process, name, self.tokens[0], needed)
+                self.processes[name] = process
 
-    def compare(self, tokens: int) -> None:
-        """Rounds of all of them, after one that is not counted, a plain read between the rounds."""
-        runner = self.runner
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in self.processes}
-        widths: list[float] = []
-        for index in range(runner._settings.passes + 1):
-            runner._say(
-                f"{self.part}{'' if self.percent is None else f' {self.percent} %'}, {tokens} tokens, round {index}"
-            )
+    def _launch(self, name: str, keywords: dict[str, Any]) -> Process:
+        runner, is_resident = self.runner, name == "resident"
+        needed = runner._settings.weight_bytes + 2 * _SPARE_BYTES
+        if is_resident and available_bytes() < needed:
+            raise ContenderError(f"needs {needed / 1e9:.1f} GB of memory")
+        stack = self.stack if is_resident else self._others
+        label = name.replace(", ", "-").replace("=", "-")
+        process = stack.enter_context(runner._process(label, None if is_resident else self.limit_bytes))
+        runner._launch(process, name, keywords)
+        return process
+
+    def compare(self, passes: int) -> None:
+        """Passes of all of them at each token count, a plain read before and after."""
+        where = self.part if self.percent is None else f"{self.part} {self.percent} %"
+        before = self.runner._bandwidth()
+        for tokens in self.tokens:
+            self.runner._say(f"{where}, {tokens} tokens")
+            asked: list[_Found] = []
             for name, process in list(self.processes.items()):
-                try:
-                    answer = self._ask(name, process, tokens)
-                except ContenderError as error:
-                    del self.processes[name]
-                    runner._say(f"{name}: failed: {error}")
-                    self._add(name, tokens, why_not=f"failed: {error}")
-                    continue
-                if index:
-                    found[name].append(answer)
-            widths.append(runner._bandwidth())
-        bandwidths = [statistics.fmean(pair) for pair in itertools.pairwise(widths)]
-        for name, process in self.processes.items():
-            answers = found[name]
-            which = "disk_bytes" if name == "resident" else "read_bytes"
-            self._add(
-                name,
-                tokens,
-                budget_bytes=None if name == "resident" else process.ask("report")["report"]["budget_bytes"],
-                rounds=[answer["seconds"] for answer in answers],
-                read_bytes=[statistics.fmean(answer[which]) for answer in answers],
-                bandwidths=bandwidths,
-                bits=sorted({bits for answer in answers for bits in answer["bits"]}),
-                peak_bytes=process.group.peak_bytes(),
-            )
+                with self._or_a_row("failed", name, tokens):
+                    asked.append(self._ask(name, process, tokens, passes))
+            after = self.runner._bandwidth()
+            for found in asked:
+                found.bandwidths += [(before + after) / 2] * passes
+            before = after
 
-    def beside(self, tokens: int) -> list[float]:
-        """Seconds a pass of odewei now: one number; none if it has failed."""
-        if "odewei" not in self.processes:
-            return []
-        return [statistics.fmean(self._ask("odewei", self.processes["odewei"], tokens)["seconds"])]
+    def _ask(self, name: str, process: Process, tokens: int, passes: int) -> _Found:
+        """Passes in a row, after one that is not counted: it warms up, and uses what odewei read ahead while idle."""
+        answer = process.ask("pass", tokens=tokens, uncounted=1, counted=passes)
+        found = self._found.setdefault((tokens, name), _Found())
+        found.seconds += answer["seconds"]
+        found.nbytes += answer["disk_bytes" if name == "resident" else "read_bytes"]
+        found.bits.update(answer["bits"])
+        found.peak_bytes = process.group.peak_bytes()
+        if name != "resident":
+            found.budget_bytes = process.ask("report")["report"]["budget_bytes"]
+        return found
+
+    def finish(self) -> None:
+        """Write the rows of those that made all their passes."""
+        for (tokens, name), found in self._found.items():
+            if name in self.processes:
+                self._add(
+                    name,
+                    tokens,
+                    budget_bytes=found.budget_bytes,
+                    rounds=[[seconds] for seconds in found.seconds],
+                    read_bytes=found.nbytes,
+                    bandwidths=found.bandwidths,
+                    bits=sorted(found.bits),
+                    peak_bytes=found.peak_bytes,
+                )
+
+    def odewei_seconds(self, tokens: int) -> list[float]:
+        """Seconds of odewei's passes so far; none if it has failed."""
+        return self._found[tokens, "odewei"].seconds if "odewei" in self.processes else []
 
     def text(self) -> str:
         """odewei's own report."""
         return str(self.processes["odewei"].ask("report")["text"]) if "odewei" in self.processes else ""
 
-    def end_all_but_odewei(self) -> None:
+    def end_all_but_resident(self) -> None:
         """Give back the memory of the others."""
         self._others.close()
-        self.processes = {name: process for name, process in self.processes.items() if name == "odewei"}
+        self.processes = {name: process for name, process in self.processes.items() if name == "resident"}
 
-    def _ask(self, name: str, process: Process, tokens: int) -> dict[str, Any]:
-        if name == "odewei":  # what it read ahead while it was not asked is used up by the pass that is not counted
-            return process.ask("pass", tokens=tokens, uncounted=1, counted=_STREAMED_PASSES)
-        return process.ask("pass", tokens=tokens, uncounted=0, counted=1)
+    @contextmanager
+    def _or_a_row(self, how: str, name: str, tokens: int | None = None) -> Iterator[None]:
+        """What a contender cannot do becomes a row that says why, and it is asked no more."""
+        try:
+            yield
+        except ContenderError as error:
+            self.processes.pop(name, None)
+            self.runner._say(f"{name}: {how}: {error}")
+            self._add(name, self.tokens[0] if tokens is None else tokens, why_not=f"{how}: {error}")
 
     def _add(self, name: str, tokens: int, **values: Any) -> None:
         limit = None if name == "resident" else self.limit_bytes
         row = Row(part=self.part, contender=name, tokens=tokens, limit_bytes=limit, percent=self.percent, **values)
         self.runner.rows.append(row)
+
+
+def _means(values: Sequence[float]) -> list[float]:
+    """The means of neighbours."""
+    return [statistics.fmean(pair) for pair in itertools.pairwise(values)]

@@ -56,17 +56,37 @@ class Settings:
     @property
     def unit_bytes(self) -> int:
         """Bytes of the largest thing that is read as one: a decoder layer, or a table of the vocabulary."""
-        return max(self.layer_bytes, self.shape.vocab * self.shape.hidden * 2)
+        return max(self.layer_bytes, self.table_bytes)
 
     @property
     def checkpoint(self) -> Path:
         """Where the checkpoint is or will be."""
-        return self.folder / self.shape.name
+        return self.folder / f"{self.shape.name}-by-layer"
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of a table of the vocabulary: the embedding's or the head's."""
+        return self.shape.vocab * self.shape.hidden * 2
+
+    @property
+    def shard_bytes(self) -> int:
+        """The size of the checkpoint's files: that of a layer, so that each layer has a file of its own."""
+        return self.layer_bytes
+
+    @property
+    def has_file_a_layer(self) -> bool:
+        """Whether files of ``shard_bytes`` hold exactly one module each. A smaller table would share its file.
+
+        AirLLM 4.0.0 makes hard links to such files; of others it writes its own copy.
+        """
+        return self.table_bytes >= self.layer_bytes
 
     @property
     def needs_disk_again(self) -> frozenset[str]:
         """Peers that write every weight once more, and for which ``disk_bytes`` is too little."""
-        return frozenset({"airllm", "accelerate-dat"} if 2 * self.weight_bytes > self.disk_bytes else ())
+        if 2 * self.weight_bytes <= self.disk_bytes:
+            return frozenset()
+        return frozenset({"accelerate-dat"} if self.has_file_a_layer else {"accelerate-dat", "airllm"})
 
     def sweep_budget_bytes(self, percent: int) -> int:
         """The budget that is ``percent`` per cent of the weights."""
@@ -121,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "--disk",
         type=_nbytes,
         default="6GB",
-        help="the most disk to use; AirLLM needs two checkpoints' (default: %(default)s)",
+        help="the most disk to use; accelerate-dat needs two checkpoints' (default: %(default)s)",
     )
     add("--folder", type=Path, default=default_cache_dir(), help="where the checkpoint is kept (default: %(default)s)")
     add("--results", type=Path, default=_FOLDER, help="where the report goes")
