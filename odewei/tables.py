@@ -6,7 +6,6 @@ costs time, because the weight itself (``looked_up``) is right whatever is done 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 
@@ -28,7 +27,14 @@ def find_tables(model: nn.Module, weights: Sequence[Weight], infos: Mapping[str,
     """The weights that are large, lie row after row in a file, and are looked up by every module that has them."""
     large = [weight for weight in weights if weight.name in infos and _lies_in_rows(infos[weight.name])]
     modules = {name: module for name, module, _ in walk(model)} if large else {}
-    looks_up = functools.cache(_looks_up)  # a model has many layers, and few kinds of them
+    known: dict[tuple[type[nn.Module], str], bool] = {}  # a model has many layers, and few kinds of them
+
+    def looks_up(kind: type[nn.Module], local_name: str) -> bool:
+        found = known.get((kind, local_name))
+        if found is None:
+            found = known[kind, local_name] = _looks_up(kind, local_name)
+        return found
+
     return [
         weight
         for weight in large
