@@ -23,7 +23,8 @@ class Architecture:
     """``build`` makes the model with random weights; ``inputs(seed)`` are keyword arguments of its call.
 
     ``needs`` is the package that has the class. ``partly`` says why a pass may leave weights unused, so that what the
-    budget lacks need not be read again in each; empty where a pass uses everything.
+    budget lacks need not be read again in each; ``overdraws`` says why the
+    budget cannot be kept. Both are empty for most.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Architecture:
     inputs: Inputs
     needs: str = "transformers"
     partly: str = ""
+    overdraws: str = ""
 
 
 class Family:
@@ -41,7 +43,17 @@ class Family:
         self.name = name
         self.entries: list[Architecture] = []
 
-    def hf(self, name: str, model: str, inputs: Inputs, *, partly: str = "", **config: Any) -> None:
+    def hf(
+        self,
+        name: str,
+        model: str,
+        inputs: Inputs,
+        *,
+        needs: str = "transformers",
+        partly: str = "",
+        overdraws: str = "",
+        **config: Any,
+    ) -> None:
         """A model of transformers, by its class name, and the fields of its configuration."""
 
         def build() -> nn.Module:
@@ -49,21 +61,22 @@ class Family:
             made: nn.Module = cls(cls.config_class(**_copied(config)))
             return made
 
-        self.add(Architecture(name=name, family=self.name, build=build, inputs=inputs, partly=partly))
+        self.entries.append(
+            Architecture(
+                name=name, family=self.name, build=build, inputs=inputs, needs=needs, partly=partly, overdraws=overdraws
+            )
+        )
 
-    def diffusers(self, name: str, model: str, inputs: Inputs, *, partly: str = "", **config: Any) -> None:
+    def diffusers(self, name: str, model: str, inputs: Inputs, **config: Any) -> None:
         """A model of diffusers, by its class name, and its arguments."""
 
         def build() -> nn.Module:
             made: nn.Module = getattr(importlib.import_module("diffusers"), model)(**_copied(config))
             return made
 
-        self.add(
-            Architecture(name=name, family=self.name, build=build, inputs=inputs, needs="diffusers", partly=partly)
+        self.entries.append(
+            Architecture(name=name, family=self.name, build=build, inputs=inputs, needs="diffusers")
         )
-
-    def add(self, entry: Architecture) -> None:
-        self.entries.append(entry)
 
 
 def _copied(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,11 +22,11 @@ SHARE = 0.4  # of the weights that the budget may hold; more where less does not
 
 
 def check(entry: Architecture, folder: Path) -> Report:
-    """Two passes and one with another input equal the resident model's, within the budget, and weights are read again.
+    """Two passes and one with another input equal the frozen resident model's, within the budget, and weights are read again.
 
     Returns the report of the streamed model. Raises AssertionError.
     """
-    model = resident(entry.build)
+    model = resident(entry.build).requires_grad_(False)  # torch chooses kernels by it, even under no_grad
     path = save(model, folder / "model.safetensors")
     expected = {seed: outputs(model, entry.inputs(seed)) for seed in (1, 2)}
     assert expected[1], "the call returns no tensor"
@@ -47,14 +47,15 @@ def check_streaming(entry: Architecture, report: Report, read: list[int]) -> Non
 
     ``read``: the bytes read until the end of each pass.
     """
-    assert report.overdrafts == 0, f"{report.overdrafts} overdrafts"
-    assert report.peak_bytes <= report.budget_bytes
+    if not entry.overdraws:
+        assert report.overdrafts == 0, f"{report.overdrafts} overdrafts"
+        assert report.peak_bytes <= report.budget_bytes
     lacking = report.weight_bytes - report.budget_bytes
     if lacking > 0:
         assert report.evictions or report.rows_read, "nothing ever left"
         later = read[-1] - read[0]
         assert later > 0, "nothing was read after the first pass"
-        assert entry.partly or later >= lacking // 2, f"{later} bytes were read in two passes, {lacking} do not fit"
+        assert entry.partly or entry.overdraws or later >= lacking // 2, f"{later} bytes were read in two passes, {lacking} do not fit"
 
 
 @contextmanager

@@ -77,7 +77,7 @@ _add("esm", "EsmForMaskedLM", text, **_BERT, position_embedding_type="rotary", t
 _add("luke", "LukeModel", _spans, **_BERT, entity_vocab_size=9, entity_emb_size=16)
 _add("layoutlm", "LayoutLMModel", _boxes, **_BERT)
 _add("lilt", "LiltModel", _boxes, **(_BERT | {"hidden_size": 48}), channel_shrink_ratio=4)
-_add("bros", "BrosModel", _boxes, **_BERT)
+_add("bros", "BrosModel", _boxes, **(_BERT | {"hidden_size": 64}))
 _add("modernbert", "ModernBertForMaskedLM", text, **_BERT, bos_token_id=1, eos_token_id=2, cls_token_id=3, sep_token_id=4)
 _add("yoso", "YosoForMaskedLM", text, **_BERT, use_expectation=True)
 _add("mra", "MraForMaskedLM", text, **_BERT)
@@ -90,7 +90,7 @@ _add(
     d_head=8, d_inner=64,
 )  # fmt: skip
 _add(
-    "canine", "CanineModel", _characters, **(_BERT | {"max_position_embeddings": 128}), num_hash_buckets=16,
+    "canine", "CanineModel", _characters, **(_BERT | {"max_position_embeddings": 128}), num_hash_buckets=64,
     local_transformer_stride=8, downsampling_rate=2, upsampling_kernel_size=2,
 )  # fmt: skip
 _add("albert (shared layers)", "AlbertForMaskedLM", text, **_BERT, embedding_size=16)
