@@ -104,7 +104,7 @@ _add("ConsistencyDecoderVAE", "ConsistencyDecoderVAE", _image, encoder_block_out
      encoder_down_block_types=["DownEncoderBlock2D"] * 2, decoder_block_out_channels=[16, 32],
      encoder_layers_per_block=1, encoder_norm_num_groups=4, decoder_norm_num_groups=4, decoder_layers_per_block=1,
      decoder_down_block_types=["ResnetDownsampleBlock2D"] * 2, decoder_up_block_types=["ResnetUpsampleBlock2D"] * 2,
-     decoder_num_train_timesteps=64, decoder_in_channels=7)  # fmt: skip
+     decoder_in_channels=7)  # fmt: skip
 _add("DiTTransformer2DModel", "DiTTransformer2DModel", _dit, **_SPATIAL, in_channels=4, out_channels=8, patch_size=2,
      num_embeds_ada_norm=10)  # fmt: skip
 _add("PixArtTransformer2DModel", "PixArtTransformer2DModel", _pixart, **_SPATIAL, in_channels=4, out_channels=8,
