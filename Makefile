@@ -36,9 +36,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-# The counts by family come last. Some libraries warn when imported or built; that is no finding about odewei.
+# The counts by family come last.
 zoo: $(INSTALLED)
-	$(BIN)/python -m pytest tests/zoo -m "zoo or not zoo" --zoo-summary -q -W default $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/zoo -m "zoo or not zoo" --zoo-summary -q $(TEST_ARGS)
 
 bench: $(PEERS)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

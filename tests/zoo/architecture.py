@@ -74,9 +74,7 @@ class Family:
             made: nn.Module = getattr(importlib.import_module("diffusers"), model)(**_copied(config))
             return made
 
-        self.entries.append(
-            Architecture(name=name, family=self.name, build=build, inputs=inputs, needs="diffusers")
-        )
+        self.entries.append(Architecture(name=name, family=self.name, build=build, inputs=inputs, needs="diffusers"))
 
 
 def _copied(config: Mapping[str, Any]) -> dict[str, Any]:

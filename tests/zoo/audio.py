@@ -48,7 +48,8 @@ _add("wav2vec2", "Wav2Vec2ForCTC", wave(), **_WAV2VEC)
 _add("wav2vec2, layer norm", "Wav2Vec2Model", wave(), **_WAV2VEC, do_stable_layer_norm=True, feat_extract_norm="layer")
 _add("wav2vec2-conformer", "Wav2Vec2ConformerForCTC", wave(), **_WAV2VEC, conv_depthwise_kernel_size=3)
 _add("wav2vec2-bert", "Wav2Vec2BertForCTC", _frames, vocab_size=32, hidden_size=32, intermediate_size=64,
-     num_hidden_layers=3, num_attention_heads=4, feature_projection_input_dim=16, conv_depthwise_kernel_size=3)  # fmt: skip
+     num_hidden_layers=3, num_attention_heads=4, feature_projection_input_dim=16,
+     conv_depthwise_kernel_size=3)  # fmt: skip
 _add("hubert", "HubertForCTC", wave(), **_WAV2VEC)
 _add("data2vec-audio", "Data2VecAudioForCTC", wave(), **{k: v for k, v in _WAV2VEC.items() if k not in (
      "num_conv_pos_embeddings",)}, num_conv_pos_embeddings=2, conv_pos_kernel_size=5)  # fmt: skip
@@ -80,7 +81,8 @@ _add("dac", "DacModel", _mono, encoder_hidden_size=4, downsampling_ratios=[4, 4]
      codebook_size=16, codebook_dim=4, hidden_size=16)  # fmt: skip
 _add("mimi", "MimiModel", _mono, num_filters=4, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
      num_attention_heads=2, num_key_value_heads=2, head_dim=8, codebook_size=16, codebook_dim=16,
-     vector_quantization_hidden_dimension=16, num_quantizers=4, upsampling_ratios=[8, 4], upsample_groups=16)  # fmt: skip
+     vector_quantization_hidden_dimension=16, num_quantizers=4, upsampling_ratios=[8, 4],
+     upsample_groups=16)  # fmt: skip
 _add("audio-spectrogram-transformer", "ASTForAudioClassification", lambda seed: {"input_values": normal(
      seed, 2, 64, 16)}, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, patch_size=8,
      max_length=64, num_mel_bins=16)  # fmt: skip

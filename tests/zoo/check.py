@@ -22,7 +22,8 @@ SHARE = 0.4  # of the weights that the budget may hold; more where less does not
 
 
 def check(entry: Architecture, folder: Path) -> Report:
-    """Two passes and one with another input equal the frozen resident model's, within the budget, and weights are read again.
+    """Two passes and one with another input equal the frozen resident model's, within the budget,
+    and weights are read again.
 
     Returns the report of the streamed model. Raises AssertionError.
     """
@@ -55,7 +56,9 @@ def check_streaming(entry: Architecture, report: Report, read: list[int]) -> Non
         assert report.evictions or report.rows_read, "nothing ever left"
         later = read[-1] - read[0]
         assert later > 0, "nothing was read after the first pass"
-        assert entry.partly or entry.overdraws or later >= lacking // 2, f"{later} bytes were read in two passes, {lacking} do not fit"
+        assert entry.partly or entry.overdraws or later >= lacking // 2, (
+            f"{later} bytes were read in two passes, {lacking} do not fit"
+        )
 
 
 @contextmanager

@@ -29,13 +29,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     others = []
     for outcome in ("passed", "failed", "skipped", "xfailed", "xpassed", "error"):
         for report in terminalreporter.stats.get(outcome, []):
-            family = dict(report.user_properties).get("family")
+            told = dict(report.user_properties)
+            family = told.get("family")
             if family is None:
                 continue
             totals[str(family)] += 1
             passed[str(family)] += outcome == "passed"
+            if "overdraws" in told:
+                others.append(f"beyond its budget: {_name(report)}: {told['overdraws']}")
             if outcome != "passed":
-                others.append(f"{outcome}: {report.nodeid.partition('::')[2]}: {_reason(report)}")
+                others.append(f"{outcome}: {_name(report)}: {_reason(report)}")
     terminalreporter.section("the zoo: the same bits as the resident model, passed / total")
     for family in totals:
         terminalreporter.line(f"{family:28} {passed[family]:4} / {totals[family]}")
@@ -44,6 +47,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line(line)
     for name, reason in CANNOT_RUN.items():
         terminalreporter.line(f"not in the zoo: {name}: {reason}")
+
+
+def _name(report: pytest.TestReport | pytest.CollectReport) -> str:
+    return report.nodeid.partition("::")[2]
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:

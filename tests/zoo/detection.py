@@ -51,14 +51,17 @@ _add(
 _add(
     "mask2former", "Mask2FormerForUniversalSegmentation", image(64), needs="scipy",
     backbone_config={"model_type": "swin", "image_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1],
-                     "num_heads": [1, 2, 4, 8], "window_size": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+                     "num_heads": [1, 2, 4, 8], "window_size": 4, "out_features": ["stage1", "stage2", "stage3",
+                     "stage4"]},
     hidden_dim=32, mask_feature_size=32, feature_size=32, encoder_layers=2, decoder_layers=3, num_attention_heads=4,
     dim_feedforward=64, encoder_feedforward_dim=64, num_queries=10,
 )  # fmt: skip
 _add(
-    "maskformer", "MaskFormerForInstanceSegmentation", image(64), needs="scipy", mask_feature_size=32, fpn_feature_size=32,
+    "maskformer", "MaskFormerForInstanceSegmentation", image(64), needs="scipy", mask_feature_size=32,
+    fpn_feature_size=32,
     backbone_config={"model_type": "swin", "image_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1],
-                     "num_heads": [1, 2, 4, 8], "window_size": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+                     "num_heads": [1, 2, 4, 8], "window_size": 4, "out_features": ["stage1", "stage2", "stage3",
+                     "stage4"]},
     decoder_config={"model_type": "detr", "num_queries": 10, **{k: v for k, v in _DETR.items() if k.endswith(
         ("layers", "heads", "dim", "d_model"))}},
 )  # fmt: skip

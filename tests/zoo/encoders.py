@@ -78,7 +78,9 @@ _add("luke", "LukeModel", _spans, **_BERT, entity_vocab_size=9, entity_emb_size=
 _add("layoutlm", "LayoutLMModel", _boxes, **_BERT)
 _add("lilt", "LiltModel", _boxes, **(_BERT | {"hidden_size": 48}), channel_shrink_ratio=4)
 _add("bros", "BrosModel", _boxes, **(_BERT | {"hidden_size": 64}))
-_add("modernbert", "ModernBertForMaskedLM", text, **_BERT, bos_token_id=1, eos_token_id=2, cls_token_id=3, sep_token_id=4)
+_add(
+    "modernbert", "ModernBertForMaskedLM", text, **_BERT, bos_token_id=1, eos_token_id=2, cls_token_id=3, sep_token_id=4
+)
 _add("yoso", "YosoForMaskedLM", text, **_BERT, use_expectation=True)
 _add("mra", "MraForMaskedLM", text, **_BERT)
 _add("data2vec-text", "Data2VecTextForMaskedLM", text, **_BERT)

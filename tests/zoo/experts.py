@@ -60,7 +60,8 @@ _add("granitemoe", "GraniteMoeForCausalLM", **_LLAMA, num_local_experts=4, num_e
 _add("granitemoeshared", "GraniteMoeSharedForCausalLM", **_LLAMA, num_local_experts=4, num_experts_per_tok=2,
      shared_intermediate_size=32)  # fmt: skip
 _add("dbrx", "DbrxForCausalLM", vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=3, max_seq_len=64,
-     attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8}, ffn_config={"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 32})  # fmt: skip
+     attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8}, ffn_config={"moe_num_experts": 4,
+     "moe_top_k": 2, "ffn_hidden_size": 32})  # fmt: skip
 _add("jetmoe", "JetMoeForCausalLM", **(_LLAMA | {"num_attention_heads": 4}), num_local_experts=4, num_experts_per_tok=2,
      kv_channels=8)  # fmt: skip
 _add("glm4_moe", "Glm4MoeForCausalLM", **_LLAMA, moe_intermediate_size=16, n_routed_experts=4, n_shared_experts=1,

@@ -69,7 +69,8 @@ _add("metaclip_2", "MetaClip2Model", _both, **_TWO)
 _add("align", "AlignModel", _both, text_config=_TEXT, projection_dim=80, vision_config={
     "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 32})  # fmt: skip
 _add("groupvit", "GroupViTModel", _both, text_config=_TEXT, projection_dim=32, projection_intermediate_dim=32,
-     vision_config={**_VIT, "depths": [1, 1, 1], "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 0]})  # fmt: skip
+     vision_config={**_VIT, "depths": [1, 1, 1], "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4,
+     0]})  # fmt: skip
 _add("clipseg", "CLIPSegForImageSegmentation", _both, text_config=_TEXT, vision_config=_VIT, projection_dim=32,
      extract_layers=[0, 1, 2], reduce_dim=16, decoder_num_attention_heads=4, decoder_intermediate_size=32)  # fmt: skip
 _add("flava", "FlavaModel", _both, text_config=_TEXT, image_config=_VIT, multimodal_config={
@@ -101,17 +102,21 @@ _add("gemma3, with images", "Gemma3ForConditionalGeneration", _places(4, token_t
      image_token_index=_IMAGE, mm_tokens_per_image=4, vision_config={**_VIT, "model_type": "siglip_vision_model"},
      text_config={**_LLAMA, "model_type": "gemma3_text", "head_dim": 8})  # fmt: skip
 _add("idefics", "IdeficsForVisionText2Text", lambda seed: {**_both(seed), "pixel_values": normal(seed, 2, 1, 3, 32, 32),
-     "image_attention_mask": torch.ones(2, 8, 1).long()}, **(_TEXT | {"num_hidden_layers": 4}), additional_vocab_size=1, cross_layer_interval=2,
+     "image_attention_mask": torch.ones(2, 8, 1).long()}, **(_TEXT | {"num_hidden_layers": 4}),
+     additional_vocab_size=1, cross_layer_interval=2,
      vision_config={"embed_dim": 32, "image_size": 32, "patch_size": 8, "num_hidden_layers": 2, "intermediate_size": 64,
      "num_attention_heads": 4})  # fmt: skip
 _add("idefics2", "Idefics2ForConditionalGeneration", lambda seed: {**_places(4)(seed), "pixel_values": normal(
-     seed, 2, 1, 3, 32, 32)}, image_token_id=_IMAGE, vision_config=_VIT, text_config={**_LLAMA, "model_type": "mistral"},
+     seed, 2, 1, 3, 32, 32)}, image_token_id=_IMAGE, vision_config=_VIT, text_config={**_LLAMA,
+     "model_type": "mistral"},
      perceiver_config={"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4,
      "resampler_head_dim": 8, "num_key_value_heads": 2})  # fmt: skip
 _add("idefics3", "Idefics3ForConditionalGeneration", lambda seed: {**_places(4)(seed), "pixel_values": normal(
-     seed, 2, 1, 3, 32, 32)}, image_token_id=_IMAGE, scale_factor=2, vision_config=_VIT, text_config=_LLAMA)  # fmt: skip
+     seed, 2, 1, 3, 32, 32)}, image_token_id=_IMAGE, scale_factor=2, vision_config=_VIT,
+     text_config=_LLAMA)  # fmt: skip
 _add("smolvlm", "SmolVLMForConditionalGeneration", lambda seed: {**_places(4)(seed), "pixel_values": normal(
-     seed, 2, 1, 3, 32, 32)}, image_token_id=_IMAGE, scale_factor=2, vision_config=_VIT, text_config=_LLAMA)  # fmt: skip
+     seed, 2, 1, 3, 32, 32)}, image_token_id=_IMAGE, scale_factor=2, vision_config=_VIT,
+     text_config=_LLAMA)  # fmt: skip
 _add("qwen2_vl", "Qwen2VLForConditionalGeneration", _qwen, text_config=_QWEN_TEXT, **_QWEN_IDS, vision_config={
      "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2})  # fmt: skip
 _add("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", _qwen, text_config=_QWEN_TEXT, **_QWEN_IDS, vision_config={
@@ -124,19 +129,23 @@ _add("aya_vision", "AyaVisionForConditionalGeneration", _places(4), image_token_
      alignment_intermediate_size=64, vision_feature_select_strategy="full",
      vision_config={**_VIT, "model_type": "siglip_vision_model"},
      text_config={**_LLAMA, "model_type": "cohere2"})  # fmt: skip
-_add("pix2struct", "Pix2StructForConditionalGeneration", lambda seed: {"flattened_patches": normal(seed, 2, 9, 50).abs(),
+_add("pix2struct", "Pix2StructForConditionalGeneration", lambda seed: {"flattened_patches": normal(seed, 2, 9,
+     50).abs(),
      "decoder_input_ids": ids(seed, 5)}, vision_config={"hidden_size": 32, "patch_embed_hidden_size": 48, "d_ff": 64,
      "d_kv": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "seq_len": 64}, text_config={"vocab_size": VOCAB,
      "hidden_size": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4})  # fmt: skip
 _add("trocr", "TrOCRForCausalLM", lambda seed: {"input_ids": ids(seed)}, vocab_size=VOCAB, d_model=32, decoder_layers=3,
      decoder_attention_heads=4, decoder_ffn_dim=64, max_position_embeddings=64, pad_token_id=0)  # fmt: skip
 _add("x-clip, text", "XCLIPTextModel", lambda seed: {"input_ids": ids(seed)}, **_TEXT)
-_add("perceiver", "PerceiverForMaskedLM", lambda seed: {"inputs": ids(seed)}, vocab_size=VOCAB, d_model=32, d_latents=32,
+_add("perceiver", "PerceiverForMaskedLM", lambda seed: {"inputs": ids(seed)}, vocab_size=VOCAB, d_model=32,
+     d_latents=32,
      num_latents=8, num_blocks=1, num_self_attends_per_block=2, num_self_attention_heads=4, num_cross_attention_heads=4,
      max_position_embeddings=16, qk_channels=32, v_channels=32)  # fmt: skip
 _add("lxmert", "LxmertModel", lambda seed: {"input_ids": ids(seed), "visual_feats": normal(seed, 2, 4, 16),
-     "visual_pos": normal(seed, 2, 4, 4).abs()}, **_TEXT, l_layers=2, r_layers=2, x_layers=2, visual_feat_dim=16)  # fmt: skip
+     "visual_pos": normal(seed, 2, 4, 4).abs()}, **_TEXT, l_layers=2, r_layers=2, x_layers=2,
+     visual_feat_dim=16)  # fmt: skip
 _add("visual_bert", "VisualBertModel", lambda seed: {"input_ids": ids(seed), "visual_embeds": normal(seed, 2, 4, 16)},
      **_TEXT, visual_embedding_dim=16)  # fmt: skip
-_add("layoutlmv3", "LayoutLMv3Model", lambda seed: {**_both(seed), "bbox": torch.arange(4).expand(2, 8, 4) * 10}, **_TEXT,
+_add("layoutlmv3", "LayoutLMv3Model", lambda seed: {**_both(seed), "bbox": torch.arange(4).expand(2, 8, 4) * 10},
+     **_TEXT,
      input_size=32, patch_size=8, coordinate_size=4, shape_size=8, num_channels=3)  # fmt: skip

@@ -41,7 +41,8 @@ _add("falcon_h1", "FalconH1ForCausalLM", **_LLAMA, mamba_d_ssm=32, mamba_n_heads
      mamba_n_groups=1, mamba_chunk_size=4)  # fmt: skip
 _add("bamba", "BambaForCausalLM", **_LLAMA, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
      mamba_n_groups=1, mamba_chunk_size=4)  # fmt: skip
-_add("zamba", "ZambaForCausalLM", **(_LLAMA | {"num_key_value_heads": 4, "num_hidden_layers": 6}), attn_layer_period=2, attn_layer_offset=1,
+_add("zamba", "ZambaForCausalLM", **(_LLAMA | {"num_key_value_heads": 4, "num_hidden_layers": 6}),
+     attn_layer_period=2, attn_layer_offset=1,
      mamba_d_state=8, mamba_dt_rank=4, n_mamba_heads=2)  # fmt: skip
 _add("zamba2", "Zamba2ForCausalLM", **(_LLAMA | {"num_key_value_heads": 4}), num_mem_blocks=1, mamba_d_state=8,
      mamba_ngroups=1, n_mamba_heads=8, mamba_headdim=8, chunk_size=4, hybrid_layer_ids=[1, 3],
@@ -58,5 +59,6 @@ _add("lfm2", "Lfm2ForCausalLM", **_LLAMA, full_attn_idxs=[1, 3], block_multiple_
 _add("qwen3_next", "Qwen3NextForCausalLM", **_LLAMA, head_dim=8, layer_types=["linear_attention", "full_attention"] * 2,
      linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, num_experts=4,
      num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)  # fmt: skip
-_add("xlstm", "xLSTMForCausalLM", vocab_size=VOCAB, hidden_size=128, embedding_dim=128, num_hidden_layers=3, num_blocks=3,
+_add("xlstm", "xLSTMForCausalLM", vocab_size=VOCAB, hidden_size=128, embedding_dim=128, num_hidden_layers=3,
+     num_blocks=3,
      num_heads=2, chunk_size=8, pad_token_id=0)  # fmt: skip

@@ -94,9 +94,11 @@ def test_stable_diffusion(tmp_path: Path, record_property: Any) -> None:
     record_property("family", "pipelines")
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (pip install odewei[zoo])")
 
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=50, steps_offset=1, clip_sample=False)
+
     def make(parts: dict[str, nn.Module]) -> Any:
         return diffusers.StableDiffusionPipeline(
-            **parts, tokenizer=_tokenizer(tmp_path), scheduler=diffusers.DDIMScheduler(num_train_timesteps=50),
+            **parts, tokenizer=_tokenizer(tmp_path), scheduler=scheduler,
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
 
@@ -109,7 +111,7 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     letters = [f"{letter}{end}" for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
-    tokens = ["<pad>", "<|startoftext|>", "<|endoftext|>", *letters]
+    tokens = ["<pad>", "<|startoftext|>", "<|endoftext|>", *letters, "ca"]
     (folder / "vocab.json").write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\nc a\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)

@@ -83,14 +83,17 @@ _add("segformer", "SegformerForSemanticSegmentation", image(64), hidden_sizes=[8
      num_attention_heads=[1, 2, 4, 8], decoder_hidden_size=16)  # fmt: skip
 _add("glpn", "GLPNForDepthEstimation", image(64), hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1],
      num_attention_heads=[1, 2, 4, 8], decoder_hidden_size=16)  # fmt: skip
-_add("dpt", "DPTForDepthEstimation", image(), **_VIT, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 16, 16],
+_add("dpt", "DPTForDepthEstimation", image(), **_VIT, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 16,
+     16],
      fusion_hidden_size=16, is_hybrid=False)  # fmt: skip
 _add("videomae", "VideoMAEForVideoClassification", _video, **_VIT, num_frames=4)
-_add("vivit", "VivitForVideoClassification", _video, **{k: v for k, v in _VIT.items() if k != "patch_size"}, num_frames=4,
+_add("vivit", "VivitForVideoClassification", _video, **{k: v for k, v in _VIT.items() if k != "patch_size"},
+     num_frames=4,
      tubelet_size=[2, 8, 8])  # fmt: skip
 _add("timesformer", "TimesformerForVideoClassification", _video, **_VIT, num_frames=4)
 _add("imagegpt", "ImageGPTForCausalImageModeling", lambda seed: {"input_ids": torch.randint(
-     0, 60, (2, 12), generator=torch.Generator().manual_seed(seed))}, vocab_size=65, n_positions=64, n_embd=32, n_layer=4,
+     0, 60, (2, 12), generator=torch.Generator().manual_seed(seed))}, vocab_size=65, n_positions=64, n_embd=32,
+     n_layer=4,
      n_head=4)  # fmt: skip
 _add("superpoint", "SuperPointForKeypointDetection", image(64), encoder_hidden_sizes=[8, 8, 16, 16],
      decoder_hidden_size=32, keypoint_decoder_dim=65, descriptor_decoder_dim=32)  # fmt: skip
