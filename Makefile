@@ -22,8 +22,8 @@ endif
 
 help:
 	@echo "make demo     real weights and a real size, streamed and resident, side by side"
-	@echo "make test     all tests"
-	@echo "make zoo      over 250 architectures of transformers and diffusers, streamed and resident, byte for byte"
+	@echo "make test     all tests but those of the zoo"
+	@echo "make zoo      289 architectures of transformers and diffusers, streamed and resident, byte for byte"
 	@echo "make bench    odewei and its peers under one memory limit: benchmarks/results"
 	@echo "make check    format, lint and types"
 	@echo "make format   put the code into its format"
