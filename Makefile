@@ -18,11 +18,12 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench check format env clean
+.PHONY: help demo test zoo bench check format env clean
 
 help:
 	@echo "make demo     real weights and a real size, streamed and resident, side by side"
-	@echo "make test     all tests"
+	@echo "make test     all tests but those of the zoo"
+	@echo "make zoo      289 architectures of transformers and diffusers, streamed and resident, byte for byte"
 	@echo "make bench    odewei and its peers under one memory limit: benchmarks/results"
 	@echo "make check    format, lint and types"
 	@echo "make format   put the code into its format"
@@ -34,6 +35,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# The counts by family come last.
+zoo: $(INSTALLED)
+	$(BIN)/python -m pytest tests/zoo -m "zoo or not zoo" --zoo-summary -q $(TEST_ARGS)
 
 bench: $(PEERS)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -13,6 +13,11 @@ import torch
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``make zoo`` asks for counts by family."""
+    parser.addoption("--zoo-summary", action="store_true", help="at the end, what passed of the zoo, by family")
+
+
 def _ours() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("odewei")}
 
