@@ -39,7 +39,7 @@ def find_tables(model: nn.Module, weights: Sequence[Weight], infos: Mapping[str,
         weight
         for weight in large
         if all(
-            looks_up(type(modules[use.module]), use.local_name)  # type: ignore[arg-type] and not _writes(modules[use.module])
+            looks_up(type(modules[use.module]), use.local_name) and not _writes(modules[use.module])
             for use in weight.uses
         )
     ]
