@@ -1,0 +1,226 @@
+"""One module's streamed parameters: the two dictionaries that it has by turns, and which of them is in place.
+
+*Bound* is an ordinary one with the real parameters; *unbound* loads a weight when its name is looked up, like any
+other access, while iterating it yields placeholders and loads nothing. Attribute access always hands out a real
+tensor, because torch leaves its fast paths when it sees a subclass. The bound one is in place when all units that the
+module draws from are resident.
+
+The driver's thread swaps; forward threads only look. Whatever they find is right: the real tensor, kept alive by their
+reference, or a load. The module is held weakly.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from odewei.looked_up import LookedUp
+from odewei.placeholder import Placeholder
+
+if TYPE_CHECKING:
+    from odewei.binding import Binder
+
+__all__ = ["ModuleBinding"]
+
+
+class _Streamed(dict[str, Any]):
+    """Either dictionary of a module. What the user stores in it becomes the user's own, in both."""
+
+    __slots__ = ("_binding",)
+
+    def __init__(self, items: Mapping[str, Any], binding: ModuleBinding) -> None:
+        super().__init__(items)
+        self._binding = binding
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._binding.adopt(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(name)
+        self._binding.disown(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        if name not in self:
+            return super().pop(name, *default)
+        value = self[name]
+        del self[name]
+        return value
+
+    def __reduce__(self) -> Any:
+        return (dict, (dict(self),))
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+
+class BoundParameters(_Streamed):
+    """All parameters are real."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        dict.__setitem__(self, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        dict.__delitem__(self, name)
+
+
+class UnboundParameters(_Streamed):
+    """Looking a streamed name up loads it; iterating yields placeholders."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self._binding.look_up(name, super().__getitem__(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401  (dict.get would not look it up)
+
+
+class ModuleBinding:
+    """One module that has streamed weights: ``names`` are its parameters that are bound when their units are resident,
+    ``tables`` those that are only looked up, which never are: their placeholders serve all.
+    """
+
+    __slots__ = (
+        "_binder",
+        "_flat_names",
+        "_module",
+        "_names",
+        "_real",
+        "_replaced",
+        "_tables",
+        "_unbound",
+        "suspended",
+    )
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], tables: tuple[str, ...], binder: Binder) -> None:
+        self._module = weakref.ref(module)
+        self._names = names
+        self._tables = tables
+        self._binder = binder
+        self._replaced: dict[str, Placeholder] | None = None  # what the user has put something else in the place of
+        self._real: dict[str, nn.Parameter] | None = None  # those that are here
+        self._flat_names = _flat_names(module)
+        self.suspended = False  # somebody else has the module's dictionary for a while
+        self._unbound = UnboundParameters(module._parameters, self)
+
+    def install(self, placeholders: Mapping[str, Placeholder]) -> None:
+        """Take the module's parameters over, with placeholders by local name; nothing is bound yet."""
+        dict.update(self._unbound, placeholders)
+        self.put()
+
+    def bind(self, local_name: str, parameter: nn.Parameter) -> None:
+        """One weight is here."""
+        if local_name in self._names:
+            if self._real is None:
+                self._real = {}
+            self._real[local_name] = parameter
+            if len(self._real) == len(self._names):
+                self.put()
+
+    def unbind(self, local_name: str) -> None:
+        """One weight leaves."""
+        if self._real is not None and self._real.pop(local_name, None) is not None:
+            if not self._real:
+                self._real = None
+            self.put()
+
+    def replace_placeholder(self, local_name: str, placeholder: Placeholder) -> None:
+        """The weight turned out to have another dtype."""
+        if local_name in self._names:
+            dict.__setitem__(self._unbound, local_name, placeholder)
+
+    def dtype_of(self, local_name: str) -> torch.dtype | None:
+        """What the placeholder says; None if the user has stored something else."""
+        found = dict.get(self._unbound, local_name) if local_name in self._names else None
+        return None if found is None else found.dtype
+
+    def look_up(self, local_name: str, kept: Any) -> Any:
+        """The real parameter, loaded if need be; ``kept`` for what is not streamed. Any thread."""
+        if local_name not in self._names:
+            return kept
+        here = self._real
+        real = None if here is None else here.get(local_name)
+        return self._binder.load(kept.unit, kept.weight_name) if real is None else real
+
+    def adopt(self, local_name: str, value: Any) -> None:
+        """The user has stored a parameter: from now on it is the module's own and not streamed.
+
+        Unless it is what was there before: whoever puts another in its place for a while (``functional_call``) puts
+        that back.
+        """
+        with self._binder.lock:
+            self._forget(local_name)
+            dict.__setitem__(self._unbound, local_name, value)
+            before = (self._replaced or {}).get(local_name)
+            if before is not None and (value is before or self._binder.is_real(before, value)):
+                dict.__setitem__(self._unbound, local_name, before)
+                self._take_back(local_name, before)
+
+    def disown(self, local_name: str) -> None:
+        """The user has deleted a parameter."""
+        with self._binder.lock:
+            self._forget(local_name)
+            dict.pop(self._unbound, local_name, None)
+
+    def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give the module an ordinary dictionary with these parameters, by the weights' names, for good."""
+        module = self._module()
+        if module is not None:
+            streamed = {*self._names, *self._tables}
+            items = {
+                local: parameters[kept.weight_name] if local in streamed else kept
+                for local, kept in dict.items(self._unbound)
+            }
+            module.__dict__["_parameters"] = items
+            self._follow(module, items)
+        self._names = self._tables = ()
+        self._real = self._replaced = None
+
+    def put(self) -> None:
+        """Make the module use the dictionary that fits what is here now."""
+        module = self._module()
+        if module is None or self.suspended:
+            return
+        parameters: _Streamed = self._unbound
+        real = self._real or {}
+        if len(real) == len(self._names):
+            items = {name: real.get(name, kept) for name, kept in dict.items(self._unbound)}
+            parameters = BoundParameters(items, self)
+        module.__dict__["_parameters"] = parameters
+        self._follow(module, parameters)
+
+    def _take_back(self, local_name: str, placeholder: Placeholder) -> None:
+        """It is streamed again."""
+        del self._replaced[local_name]  # type: ignore[union-attr, unused-ignore]
+        if isinstance(placeholder, LookedUp):
+            self._tables += (local_name,)
+        else:
+            self._names += (local_name,)
+            real = self._binder.resident(placeholder.unit, placeholder.weight_name)
+            if real is not None:
+                self._real = (self._real or {}) | {local_name: real}
+        self.put()
+
+    def _forget(self, local_name: str) -> None:
+        if local_name in self._names or local_name in self._tables:
+            self._replaced = (self._replaced or {}) | {local_name: dict.__getitem__(self._unbound, local_name)}
+        self._names = tuple(name for name in self._names if name != local_name)
+        self._tables = tuple(name for name in self._tables if name != local_name)
+        if self._real is not None:
+            self._real.pop(local_name, None)
+
+    def _follow(self, module: nn.Module, parameters: Mapping[str, Any]) -> None:
+        """Recurrent modules keep a second list of their weights."""
+        if self._flat_names:
+            items = dict(parameters.items())  # placeholders stay placeholders: nothing is looked up
+            flat = [items.get(name) for name in self._flat_names]
+            module.__dict__["_flat_weights"] = flat
+
+
+def _flat_names(module: nn.Module) -> list[str] | None:
+    return list(module._flat_weights_names) if isinstance(module, nn.RNNBase) else None

@@ -1,0 +1,162 @@
+"""Parameters that users keep, write into, and put aside for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import odewei
+from odewei.runtime import runtime_of
+from tests import models
+
+
+def build() -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(6)))
+
+
+@pytest.fixture(params=[0, "auto"], ids=["plain", "prefetch"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The resident and the streamed twin, of which two layers fit into memory."""
+    model = models.resident(build)
+    path = models.save(model, tmp_path / "model.safetensors")
+    budget = 2 * models.smallest_budget(build, path)
+    with models.streamed(build, path, memory_budget=budget, prefetch_depth=request.param) as streamed:
+        yield model, streamed
+
+
+def drive_out(streamed: nn.Module, layer: int) -> None:
+    """Use other layers until this one has left memory."""
+    runtime = runtime_of(streamed)
+    name = f"{layer}.0.weight"
+    unit = next(index for index, unit in enumerate(runtime.units) if name in {one.name for one in unit.weights})
+    for _ in range(50):
+        if runtime.binder.resident(unit, name) is None:
+            return
+        for other in range(len(streamed)):
+            if other != layer:
+                streamed[other](torch.ones(1, 32))
+    raise AssertionError("the layer does not leave")
+
+
+def check(model: nn.Module, streamed: nn.Module) -> None:
+    for seed in range(3):
+        inputs = torch.randn(2, 32, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            assert models.same_bits([streamed(inputs)], [model(inputs)])
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "let go"])
+@pytest.mark.parametrize("how", ["the parameter", "a view of it"])
+def test_a_write_after_the_unit_left(keep: bool, how: str, pair: tuple[nn.Module, nn.Module]) -> None:
+    """It is not lost, whether or not the writer still holds what it wrote into when the unit comes back."""
+    model, streamed = pair
+    weight = streamed[2][0].weight
+    target = weight if how == "the parameter" else weight[3:7]
+    del weight
+    drive_out(streamed, 2)
+    with torch.no_grad():
+        target.mul_(3)
+        (model[2][0].weight if how == "the parameter" else model[2][0].weight[3:7]).mul_(3)
+    if not keep:
+        del target
+    check(model, streamed)
+    check(model, streamed)
+    assert odewei.report(streamed).evictions > 5
+
+
+def test_a_write_just_before_the_unit_comes_back(pair: tuple[nn.Module, nn.Module]) -> None:
+    """Writes of several times, in and out of memory, all count."""
+    model, streamed = pair
+    for step in range(3):
+        weight = streamed[1][0].weight
+        if step == 0:
+            drive_out(streamed, 1)
+        with torch.no_grad():
+            weight.add_(1)
+            model[1][0].weight.add_(1)
+        del weight
+        check(model, streamed)
+
+
+def test_what_was_only_read_is_not_kept(pair: tuple[nn.Module, nn.Module]) -> None:
+    """A reference without a write costs nothing once it is dropped: the unit streams as before."""
+    model, streamed = pair
+    weight = streamed[2][0].weight
+    drive_out(streamed, 2)
+    del weight
+    binder = runtime_of(streamed).binder
+    check(model, streamed)
+    assert not any(binder.was_written(unit) for unit in range(len(runtime_of(streamed).units)))
+    drive_out(streamed, 2)
+
+
+def test_a_parameter_stays_the_same_object(pair: tuple[nn.Module, nn.Module]) -> None:
+    """While somebody holds it, a weight that comes back is the very parameter that was handed out."""
+    _, streamed = pair
+    weight = streamed[3][0].weight
+    for _ in range(3):
+        drive_out(streamed, 3)
+        assert streamed[3][0].weight is weight
+
+
+def test_functional_call(pair: tuple[nn.Module, nn.Module]) -> None:
+    """Others' values for a while; afterwards the weights stream again."""
+    model, streamed = pair
+    inputs = torch.randn(2, 32)
+    for names in (["2.0.weight"], ["1.0.weight", "4.0.bias"], [name for name, _ in model.named_parameters()]):
+        for _ in range(2):
+            state = {name: torch.randn_like(model.get_parameter(name)) for name in names}
+            assert models.same_bits([functional_call(streamed, state, inputs)], [functional_call(model, state, inputs)])
+        check(model, streamed)
+    before = odewei.report(streamed).bytes_read
+    check(model, streamed)
+    assert odewei.report(streamed).bytes_read - before > 1.5 * models.weight_bytes(model)  # three passes
+    for layer in range(6):
+        drive_out(streamed, layer)
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["in memory", "not in memory"])
+def test_another_parameter_put_back_by_hand(here: bool, pair: tuple[nn.Module, nn.Module]) -> None:
+    """The user's own parameter is used while it is there; putting back what was there makes it stream again."""
+    model, streamed = pair
+    own = nn.Parameter(torch.randn(32, 32))
+    before = {one: one[2][0].weight for one in pair}
+    if not here:
+        drive_out(streamed, 2)
+    for one in pair:
+        one[2][0].weight = own
+    check(model, streamed)
+    assert streamed[2][0].weight is own
+    for one in pair:
+        one[2][0].weight = before.pop(one)
+    check(model, streamed)
+    drive_out(streamed, 2)
+    check(model, streamed)
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["in memory", "not in memory"])
+def test_deleting_a_parameter(here: bool, pair: tuple[nn.Module, nn.Module]) -> None:
+    """It is gone as from any module; one stored in its place later is the user's, what was there before streams."""
+    model, streamed = pair
+    before = {one: one[2][0].bias for one in pair}
+    if not here:
+        drive_out(streamed, 2)
+    for one in pair:
+        del one[2][0].bias
+        assert "bias" not in dict(one[2][0].named_parameters())
+        with pytest.raises(AttributeError):
+            _ = one[2][0].bias
+        with pytest.raises(AttributeError):
+            del one[2][0].bias
+        one[2][0].bias = None
+    check(model, streamed)
+    for one in pair:
+        one[2][0].bias = before.pop(one)
+    check(model, streamed)
+    drive_out(streamed, 2)
+    check(model, streamed)
