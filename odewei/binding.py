@@ -22,6 +22,7 @@ from odewei.looked_up import LookedUp
 from odewei.module_binding import ModuleBinding
 from odewei.placeholder import Origin, Placeholder
 from odewei.scheduler.rows import RowTable
+from odewei.sliced import Sliced, SlicedWeight
 from odewei.survey import Weight, walk
 
 __all__ = ["Binder"]
@@ -38,10 +39,10 @@ class Binder:
         model: nn.Module,
         units: Sequence[Sequence[Weight]],
         infos: Callable[[Weight], tuple[torch.dtype, tuple[int, ...] | None]],
-        tables: Mapping[str, RowTable],
+        tables: Mapping[str, RowTable | SlicedWeight],
     ) -> None:
         """``units[i]`` are the weights of unit i; ``infos`` gives each one's dtype when bound, and its stride;
-        ``tables`` are those that are only looked up.
+        ``tables`` are those that are only looked up, or taken expert by expert.
         """
         self.lock = threading.RLock()  # one at a time binds
         self._access: Callable[[int, FrameType], None] | None = None
@@ -54,8 +55,10 @@ class Binder:
         placeholders: dict[str, dict[str, Placeholder]] = {}  # by module and local name
         for index, unit in enumerate(units):
             for weight in unit:
+                if not weight.uses:
+                    continue  # one expert's part of a weight
                 if weight.name in tables:
-                    made: Placeholder = self._looked_up(index, tables[weight.name])
+                    made: Placeholder = self._in_parts(index, weight.name, infos(weight)[0])
                 else:
                     made = self._placeholder(index, weight.name, weight.shape, *infos(weight))
                 for use in weight.uses:
@@ -70,8 +73,8 @@ class Binder:
         for name, module, _ in walk(model):
             found = placeholders.get(name)
             if found is not None:
-                names = tuple(local for local, made in found.items() if not isinstance(made, LookedUp))
-                tables = tuple(local for local, made in found.items() if isinstance(made, LookedUp))
+                names = tuple(local for local, made in found.items() if not isinstance(made, LookedUp | Sliced))
+                tables = tuple(local for local, made in found.items() if isinstance(made, LookedUp | Sliced))
                 names = kinds.setdefault(names, names)
                 binding = ModuleBinding(module, names, tables, self)
                 binding.install(found)
@@ -125,6 +128,11 @@ class Binder:
         tensors = self._tensors[unit]
         return tensors is not None and any(parameter._version for parameter in tensors.values())
 
+    def is_held(self, unit: int) -> bool:
+        """Whether somebody has a tensor over the memory of a resident unit: one that was handed out, or a view."""
+        tensors = self._tensors[unit] or {}
+        return any(_references(parameter) > _OWN_REFERENCES for parameter in tensors.values())
+
     def hold(self, unit: int) -> dict[str, nn.Parameter]:
         """The parameters of a unit, loaded if need be; the caller's references keep them."""
         return {weight.name: self.load(unit, weight.name) for weight in self._units[unit]}
@@ -137,8 +145,9 @@ class Binder:
     def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give every module ordinary parameters, with the ``requires_grad`` they were built with."""
         for weight in itertools.chain.from_iterable(self._units):
-            parameter = parameters[weight.name]
-            parameter.requires_grad_(weight.requires_grad and parameter.is_floating_point())
+            if weight.uses:
+                parameter = parameters[weight.name]
+                parameter.requires_grad_(weight.requires_grad and parameter.is_floating_point())
         for binding in self._bindings.values():
             binding.restore(parameters)
 
@@ -150,15 +159,19 @@ class Binder:
     ) -> Placeholder:
         return Placeholder.make(unit, name, shape, dtype, stride, self._self)
 
-    def _looked_up(self, unit: int, table: RowTable) -> LookedUp:
-        name = table.place.weight
+    def _in_parts(self, unit: int, name: str, dtype: torch.dtype) -> Placeholder:
+        """For a table or a weight of experts, which is whole in ``unit``."""
+        table = self._tables[name]
         resident = weakref.WeakMethod(self.resident)
 
         def loaded() -> nn.Parameter | None:
             method = resident()
             return None if method is None else method(unit, name)
 
-        return LookedUp.of(unit, table, self._self, loaded)
+        if isinstance(table, RowTable):
+            return LookedUp.of(unit, table, self._self, loaded)
+        table.experts.connect(self._self, resident)
+        return Sliced.of(unit, table, dtype, self._self, loaded)
 
     def resident(self, unit: int, name: str) -> nn.Parameter | None:
         """The real parameter if it is loaded now; the reference keeps it."""
@@ -181,9 +194,21 @@ class Binder:
         """The real parameter, loaded if need be, and what returns its lease; that ends with ``frame`` at the latest."""
         assert self._access is not None, "an access before the model was ready"
         assert self._release is not None
-        if name in self._tables:
-            self._tables[name].keep_none()
+        table = self._tables.get(name)
+        if isinstance(table, RowTable):
+            table.keep_none()
         self._access(unit, frame)
         tensors = self._tensors[unit]
         assert tensors is not None, "a leased unit has no tensors"
+        if isinstance(table, SlicedWeight):
+            table.catch_up(tensors[name])
         return tensors[name], functools.partial(self._release, unit)
+
+
+_OWN_REFERENCES = 2  # of a storage: the parameter's, and that of whoever asks
+
+
+def _references(tensor: torch.Tensor) -> int:
+    """How many there are to the storage of a tensor, in Python and in torch."""
+    found: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return found

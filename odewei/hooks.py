@@ -17,8 +17,9 @@ from torch import nn
 from odewei.guards import refuse_copy
 from odewei.scheduler.drivers import Driver
 from odewei.scheduler.records import Account
+from odewei.sliced import Experts
 
-__all__ = ["hook_pass", "hook_unit", "unhook"]
+__all__ = ["hook_experts", "hook_pass", "hook_unit", "unhook"]
 
 
 class _Pair(Protocol):
@@ -69,9 +70,30 @@ class _PassHooks:
         self._driver.ledger.leave_pass(self._account)
 
 
+class _ExpertHooks:
+    """While a thread is inside, it holds the expert that it took last."""
+
+    __slots__ = ("_experts",)
+    __deepcopy__ = __reduce_ex__ = refuse_copy
+
+    def __init__(self, experts: Experts) -> None:
+        self._experts = experts
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        self._experts.enter(sys._getframe(1))
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._experts.leave()
+
+
 def hook_unit(module: nn.Module, units: Sequence[int], driver: Driver) -> None:
     """Have ``module`` lease ``units`` while its forward runs."""
     _register(module, _UnitHooks(units, driver))
+
+
+def hook_experts(module: nn.Module, experts: Experts) -> None:
+    """Have ``module`` lease one of its experts at a time while its forward runs."""
+    _register(module, _ExpertHooks(experts))
 
 
 def hook_pass(model: nn.Module, driver: Driver, account: Account) -> None:
@@ -83,7 +105,7 @@ def unhook(module: nn.Module) -> None:
     """Take the hooks out. They are found by what they are: the handles of 100,000 modules would take memory."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), _UnitHooks | _PassHooks):
+            if isinstance(getattr(hook, "__self__", None), _UnitHooks | _ExpertHooks | _PassHooks):
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
 

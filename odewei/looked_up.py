@@ -23,7 +23,7 @@ from odewei.placeholder import Origin, Placeholder, with_real
 from odewei.scheduler.row_slots import Ids
 from odewei.scheduler.rows import RowTable
 
-__all__ = ["LookedUp"]
+__all__ = ["ANSWERED", "LookedUp", "is_watched"]
 
 _DESCRIPTION = """
     __len__ device dim dtype element_size get_device grad grad_fn is_complex is_conj is_contiguous is_cpu is_cuda
@@ -44,8 +44,8 @@ def _functions(name: str) -> Iterator[Any]:
         yield function
 
 
-_ANSWERED = frozenset(function for name in _DESCRIPTION.split() for function in _functions(name))
-"""What is answered without loading anything: the table's description."""
+ANSWERED = frozenset(function for name in _DESCRIPTION.split() for function in _functions(name))
+"""What is answered without loading anything: the weight's description."""
 
 
 class LookedUp(Placeholder):
@@ -76,7 +76,7 @@ class LookedUp(Placeholder):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in _ANSWERED:
+        if func in ANSWERED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if torch.compiler.is_compiling():  # reading is nothing to be compiled: the graph breaks here
@@ -118,7 +118,7 @@ _LOOK_UPS: dict[Callable[..., Any], Callable[..., tuple[Any, Any, int | None, bo
 
 def _look_up(func: Callable[..., Any], ids: Any, weight: Any, padding_idx: int | None, writes: bool) -> Any:
     """The rows, or None: this call needs the whole table. Weights are frozen, so what only backward uses is not."""
-    if not isinstance(weight, LookedUp) or type(ids) not in (torch.Tensor, nn.Parameter) or writes or _is_watched():
+    if not isinstance(weight, LookedUp) or type(ids) not in (torch.Tensor, nn.Parameter) or writes or is_watched():
         return None
     real = weight._resident()
     if real is not None:
@@ -149,6 +149,6 @@ def _as_rows(ids: torch.Tensor, rows: int) -> Ids | None:
     return found if not len(found) or (found.min() >= 0 and found.max() < rows) else None
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody records operations, or replaces them: rows that come from nowhere would mislead them."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None

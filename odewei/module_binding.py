@@ -20,6 +20,7 @@ from torch import nn
 
 from odewei.looked_up import LookedUp
 from odewei.placeholder import Placeholder
+from odewei.sliced import Sliced
 
 if TYPE_CHECKING:
     from odewei.binding import Binder
@@ -197,7 +198,7 @@ class ModuleBinding:
     def _take_back(self, local_name: str, placeholder: Placeholder) -> None:
         """It is streamed again."""
         del self._replaced[local_name]  # type: ignore[union-attr, unused-ignore]
-        if isinstance(placeholder, LookedUp):
+        if isinstance(placeholder, LookedUp | Sliced):
             self._tables += (local_name,)
         else:
             self._names += (local_name,)

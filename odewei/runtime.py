@@ -20,8 +20,9 @@ from torch import nn
 
 from odewei.binding import Binder
 from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError, TraceError
+from odewei.experts import ExpertPlan, find_experts, largest_expert_bytes, listed_experts, slack_bytes
 from odewei.guards import guard, unguard
-from odewei.hooks import hook_pass, hook_unit, unhook
+from odewei.hooks import hook_experts, hook_pass, hook_unit, unhook
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.matching import bound_dtype, init_missing, load_buffers, match_weights
@@ -35,6 +36,7 @@ from odewei.scheduler.reader import FileTable, PlannedUnit, UnitReader
 from odewei.scheduler.records import Account
 from odewei.scheduler.rows import RowCounters, RowTable
 from odewei.scheduler.slabs import PAGE, round_up
+from odewei.sliced import Experts
 from odewei.survey import Weight, survey, walk
 from odewei.tables import cache_shares, find_tables, table_place
 from odewei.trace_file import read_trace, trace_path
@@ -82,17 +84,27 @@ class Runtime:
         self._weight_bytes = sum(sizes.values())
         self.budget = options.budget
         self._pool = self.budget.pool
-        most_bytes = _with_slack(self._weight_bytes, len(weights))
-        limit_bytes = self.budget.expect(most_bytes)
         tables = find_tables(model, weights, infos)
-        others = [weight for weight in weights if weight not in tables]
-        self.units = partition(model, others, sizes, limit_bytes // _FAIR_SHARE, options.granularity)
-        self._ahead = len(self.units)  # those that are read ahead; the tables' follow, with no module hooked
-        self.units += [Unit(table.name, (table,), ()) for table in tables]
+        plans = find_experts(model, [weight for weight in weights if weight not in tables], infos, self._cast)
+        most_bytes = _with_slack(self._weight_bytes, len(weights)) + slack_bytes(plans, infos)
+        limit_bytes = self.budget.expect(most_bytes)
+        fused = [weight for plan in plans for weight in plan.weights]
+        apart = {weight.name for weight in (*tables, *fused)}
+        others = [weight for weight in weights if weight.name not in apart]
+        room_bytes = max(0, limit_bytes - largest_expert_bytes(plans, sizes))  # an expert is there besides its block
+        units = partition(model, others, sizes, room_bytes // _FAIR_SHARE, options.granularity)
+        listed = listed_experts(model, units)
+        self.units = [units[place] for place in sorted(range(len(units)), key=listed.__getitem__)]
+        self._ahead = listed.count(False)  # those that are read ahead; what is read on demand follows
+        self._hooked = len(units)  # what follows from here on hangs on no module
+        self.units += [Unit(weight.name, (weight,), ()) for weight in (*tables, *fused)]
+        self._pieces = len(self.units)
+        self.experts = self._cut_experts(plans)
+        infos = {**infos, **{name: info for plan in plans for name, info in plan.infos(infos).items()}}
         self._direct = options.resolve_direct(self._weight_bytes, limit_bytes)
         readers = [self._reader(unit, infos, sizes) for unit in self.units]
-        least_bytes = self._least_bytes(readers)
-        self.tables = self._tables(infos, readers, least_bytes)
+        least_bytes = self._least_bytes(readers, plans)
+        self.tables = self._tables(tables, infos, readers, least_bytes)
         self.order: tuple[str, ...] | None = None  # the modules that a pass enters, where that was found out before it
         with ExitStack() as undo:  # what a failure from here on would leave behind in a budget that others share
             for table in self.tables.values():
@@ -184,7 +196,7 @@ class Runtime:
             raise ClosedError("the model was closed", cure="Build it again to load it whole")
         assert model is not None
         parameters: dict[str, nn.Parameter] = {}
-        for unit in range(len(self.units)):
+        for unit in range(self._pieces):
             found = self.binder.hold(unit)
             parameters.update({name: nn.Parameter(tensor.detach().clone()) for name, tensor in found.items()})
         for module in model.modules():
@@ -235,12 +247,23 @@ class Runtime:
     def _cast(self, stored: torch.dtype) -> torch.dtype:
         return bound_dtype(stored, self._dtype)
 
-    def _least_bytes(self, readers: Sequence[UnitReader]) -> int:
+    def _cut_experts(self, plans: Sequence[ExpertPlan]) -> dict[str, Experts]:
+        """Give each expert a unit. Those at work, by the names of their modules."""
+        found = {}
+        for plan in plans:
+            found[plan.module] = Experts(plan, len(self.units))
+            self.units += plan.units()
+        return found
+
+    def _least_bytes(self, readers: Sequence[UnitReader], plans: Sequence[ExpertPlan]) -> int:
         """The smallest budget that works. Raises BudgetTooSmallError if there is less."""
-        least = smallest_budget(self.units, [reader.nbytes for reader in readers])
+        sizes = [reader.nbytes for reader in readers]
+        expert_bytes = [max(sizes[unit] for unit in self.experts[plan.module].units) for plan in plans]
+        least = smallest_budget([*self.units, *(plan.one_at_a_time() for plan in plans)], [*sizes, *expert_bytes])
         needed = least + self.budget.pinned_bytes
         if needed > self.budget.limit_bytes:
-            largest = max(range(self._ahead), key=lambda index: readers[index].nbytes)
+            candidates = (*range(self._hooked), *range(self._pieces, len(self.units)))
+            largest = max(candidates, key=lambda index: readers[index].nbytes)
             size = format_nbytes(readers[largest].nbytes)
             raise BudgetTooSmallError(
                 f"the budget of {self.budget.limit_bytes} bytes ({format_nbytes(self.budget.limit_bytes)}) cannot hold "
@@ -252,14 +275,16 @@ class Runtime:
         return least
 
     def _tables(
-        self, infos: Mapping[str, WeightInfo], readers: Sequence[UnitReader], least_bytes: int
+        self,
+        tables: Sequence[Weight],
+        infos: Mapping[str, WeightInfo],
+        readers: Sequence[UnitReader],
+        least_bytes: int,
     ) -> dict[str, RowTable]:
         """The tables that are only looked up, each with its part of the budget for hot rows."""
-        places = [
-            table_place(unit.weights[0], infos[unit.name], self._cast(infos[unit.name].dtype))
-            for unit in self.units[self._ahead :]
-        ]
-        everything = None if self.options.shares else sum(reader.nbytes for reader in readers)
+        places = [table_place(table, infos[table.name], self._cast(infos[table.name].dtype)) for table in tables]
+        parts = (*readers[: self._hooked + len(tables)], *readers[self._pieces :])
+        everything = None if self.options.shares else sum(reader.nbytes for reader in parts)
         sizes = {place.weight: place.nbytes for place in places}
         free_bytes = self.budget.limit_bytes - self.budget.pinned_bytes
         shares = cache_shares(sizes, free_bytes, least_bytes, everything)
@@ -275,6 +300,7 @@ class Runtime:
             sum(table.cache_bytes for table in self.tables.values()),
             self._ahead,
             was_written=_WarnOnce(self.binder, self.units),
+            is_held=self.binder.is_held,
             on_closed=functools.partial(_let_go, self.binder, self.tables.values(), self._source),
         )
         for table in self.tables.values():
@@ -286,13 +312,17 @@ class Runtime:
             stride = infos[weight.name].stride if weight.name in infos else None
             return self._cast(self._stored_dtype(weight, infos)), stride
 
-        return Binder(model, [unit.weights for unit in self.units], described, self.tables)
+        sliced = {name: weight for experts in self.experts.values() for name, weight in experts.weights.items()}
+        return Binder(model, [unit.weights for unit in self.units], described, {**self.tables, **sliced})
 
     def _hook(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> None:
         modules = {name: module for name, module, _ in walk(model)}
         for name, places in self.hooked_modules().items():
             ids = [self.account.units[place].id for place in places]
             hook_unit(modules[name], ids, self.driver)
+        for name, experts in self.experts.items():
+            experts.announce_to(self._want)
+            hook_experts(modules[name], experts)
         hook_pass(model, self.driver, self.account)
         dtypes = {self._cast(self._stored_dtype(weight, infos)) for unit in self.units for weight in unit.weights}
         owners = {"", *(use.module for unit in self.units for weight in unit.weights for use in weight.uses)}
@@ -313,6 +343,9 @@ class Runtime:
 
     def _leave(self, place: int) -> None:
         self.driver.leave(self._id(place))
+
+    def _want(self, places: Sequence[int]) -> None:
+        self.driver.want([self._id(place) for place in places])
 
     def _id(self, place: int) -> int:
         """The scheduler's id of a unit. Raises ClosedError when the model was closed."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from odewei.hf import known_to_transformers
 from odewei.loaders import (
     SafetensorsLoader,
     ShardedWeightsLoader,
@@ -107,7 +108,7 @@ def init_on_demand_weights_model(
         enable_preloading=enable_preloading,
         on_missing=on_missing,
     )
-    model = build_without_weights(model_fn)
+    model = build_without_weights(known_to_transformers(model_fn))
     with _without_collector():
         Runtime(model, source, options)
     return model

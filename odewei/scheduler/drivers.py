@@ -71,6 +71,14 @@ class Driver(ABC):
         self.ledger.leave(unit)
         self.poke()
 
+    def want(self, units: Sequence[int]) -> None:
+        """This thread will enter these units next, in this order: read them together. An empty sequence: no more.
+
+        A hint. It holds until the thread wants something else or is outside of every model.
+        """
+        self.ledger.want(units)
+        self.poke()
+
     @abstractmethod
     def poke(self) -> None:
         """Something has changed: there may be something to decide."""

@@ -20,6 +20,7 @@ from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.roster import Roster
 from odewei.scheduler.slabs import Slab, SlabPool
 from odewei.scheduler.states import State, check_move
+from odewei.scheduler.wants import Wants
 
 __all__ = ["Ledger"]
 
@@ -43,8 +44,9 @@ class Ledger:
         self._ahead_bytes = 0
         self._failed = 0
         self._idle = 0  # units that are absent and only there on demand
+        self._wants = Wants()
         self._closed: BaseException | None = None
-        self._leases = LeaseBook(self._thread_is_outside, self.outlook.forget)
+        self._leases = LeaseBook(self._thread_is_outside, self._thread_has_ended)
 
     # -- models come and go ------------------------------------------------------------------------------------------
 
@@ -132,6 +134,7 @@ class Ledger:
             self._leases.give_back(mine, account)
             if not mine.leases:
                 account.counters.passes += 1
+                self._wants.drop(mine)
 
     def enter(self, unit: int, frame: FrameType) -> Waiter | None:
         """Take a lease. None: the unit is resident. Otherwise whoever drives the ledger sets ``done`` of the waiter."""
@@ -152,6 +155,11 @@ class Ledger:
         """Return the innermost lease of ``unit`` of this thread. Leases above it were left behind and go too."""
         with self.lock:
             self._leases.give_back(self._leases.mine(), unit)
+
+    def want(self, units: Sequence[int]) -> None:
+        """This thread will enter these units next, in this order: read them together. An empty sequence: no more."""
+        with self.lock:
+            self._wants.put(self._leases.mine(), units)
 
     def give_up(self, waiter: Waiter) -> None:
         """A forward stopped waiting (an interrupt): nobody needs to wake it any more."""
@@ -174,7 +182,8 @@ class Ledger:
         """Whether there is anything to decide: some unit is neither resident nor failed, nor idle. Without the lock, a
         hint.
         """
-        return len(self._residents) + self._failed + self._idle < len(self.units) or bool(self._demanded)
+        missing = len(self._residents) + self._failed + self._idle < len(self.units)
+        return missing or bool(self._demanded) or bool(self._wants)
 
     # -- whoever drives: one thread at a time ------------------------------------------------------------------------
 
@@ -185,9 +194,10 @@ class Ledger:
             if wish is not None and wish.demanded:
                 self.pool.stop_expecting_leaving()  # what did not come back at once is held by somebody
             decision = self._decide(wish)
-            stuck = wish is not None and wish.demanded and (decision is None or decision.beyond_limit)
-            if stuck and self._leases.return_all_stale():
-                decision = self._decide(wish)
+            for remedy in (self._leases.return_all_stale, self._wants.drop_all):
+                stuck = wish is not None and wish.demanded and (decision is None or decision.beyond_limit)
+                if stuck and remedy():
+                    decision = self._decide(wish)
             for unit in decision.evict if decision else ():
                 self._evict(self.units[unit])
             return decision
@@ -307,8 +317,13 @@ class Ledger:
         account.counters.inside_seconds += seconds
         self.outlook.leave(thread)
 
+    def _thread_has_ended(self, thread: ThreadLeases) -> None:
+        self._wants.drop(thread)
+        self.outlook.forget(thread)
+
     def _note_access(self, mine: ThreadLeases, record: UnitRecord) -> None:
         record.account.counters.accesses += 1
+        self._wants.met(mine, record.id)
         surprise = self.outlook.record(mine, record.id, record.nbytes)
         if surprise is not None:
             record.account.counters.mispredictions += 1
@@ -326,6 +341,9 @@ class Ledger:
                 return Wish(record.id, record.nbytes, 0, True)
         if self._closed is not None or all(account.window.depth == 0 for account in self.accounts):
             return None
+        wanted = self._wants.first_missing(self.units) if self._wants else None
+        if wanted is not None:
+            return Wish(wanted.id, wanted.nbytes, 0, False)
         found = self.outlook.first_missing(self._is_missing)
         if found is None:
             return None
@@ -359,6 +377,8 @@ class Ledger:
         def evictable(unit: int) -> bool:
             record = self.units.get(unit)
             if record is None or record.state is not State.RESIDENT or record.leases or record.stays:
+                return False
+            if unit in self._wants or (record.on_demand and record.account.is_held(record.place)):
                 return False
             record.stays = record.account.was_written(record.place)
             return not record.stays

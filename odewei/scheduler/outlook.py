@@ -93,6 +93,10 @@ class Outlook:
             self._histories.pop(thread, None)
         self._choose_live()
 
+    def expect_at_random(self, unit: int) -> None:
+        """This new unit is used when somebody asks for it, as far as is known."""
+        self._regularity.distrust(unit, self._step)
+
     # -- units -------------------------------------------------------------------------------------------------------
 
     def note_present(self, unit: int) -> None:

@@ -97,9 +97,10 @@ class BusyTime:
 class Account:
     """One model's part in a scheduler. Units are known to ``client`` by their place in ``units``.
 
-    ``was_written`` is asked, under the ledger's lock, before a unit may be evicted; ``on_closed`` is called once, by
-    the thread that closes, when nothing of the account is read any more. ``closed`` is why it takes no more accesses;
-    ``gone`` is set when everything of it has been given back. ``depth``: how many units ahead, None for "auto".
+    Under the ledger's lock ``was_written`` is asked before a unit may be evicted, and ``is_held`` before one that is
+    only there on demand may: whether somebody has a tensor of it now, and may yet write to it. ``on_closed`` is called
+    once, by the thread that closes, when nothing of the account is read any more. ``closed`` is why it takes no more
+    accesses; ``gone`` is set when everything of it has been given back. ``depth``: how many units ahead, None: "auto".
     ``least_bytes`` must be in memory at one moment; ``most_bytes`` hold all of its weights. ``pinned_bytes`` of the
     pool are taken until ``on_closed``. The first ``ahead`` units, None for all, are expected to be used; the others are
     only read when somebody asks.
@@ -114,6 +115,7 @@ class Account:
     ahead: int | None = None
     window: Window = field(default_factory=lambda: Window(0, 0))
     was_written: Callable[[int], bool] = lambda unit: False
+    is_held: Callable[[int], bool] = lambda unit: False
     on_closed: Callable[[], None] = lambda: None
     counters: Counters = field(default_factory=Counters)
     busy: BusyTime = field(default_factory=BusyTime)

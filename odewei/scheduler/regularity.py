@@ -45,6 +45,15 @@ class Regularity:
             self.turned.append(unit)
         self._blame[unit] = blame
 
+    def distrust(self, unit: int, step: int) -> None:
+        """Nobody knows when this new unit will be used: irregular until it proves regular. Its first interval is as
+        long as it takes until its first use.
+        """
+        self._reserve(unit)
+        self._irregular += self._blame[unit] < _IRREGULAR_FROM
+        self._blame[unit] = _IRREGULAR_AT_FIRST
+        self._last[unit] = step
+
     def forgive(self, unit: int) -> None:
         """The unit came as expected."""
         blame = self._blame[unit] if unit < len(self._blame) else 0

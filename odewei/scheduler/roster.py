@@ -36,6 +36,8 @@ class Roster:
             record = UnitRecord(next(self._ids), name, reader.nbytes, account, place, reader, on_demand)
             self.units[record.id] = record
             account.units.append(record)
+            if on_demand:
+                self._outlook.expect_at_random(record.id)
         self.accounts.append(account)
         self._set_windows()
         self.seed(account, range(len(units))[: account.ahead])
