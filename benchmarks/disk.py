@@ -51,7 +51,7 @@ class PlainReader:
     def _read(self, buffers: Sequence[memoryview]) -> float:
         if not self.direct:
             for file in self._files:
-                _drop_file(file)
+                drop_files([file])
         flags = os.O_RDONLY | (os.O_DIRECT if self.direct else 0)
         descriptors = {file: os.open(file, flags) for file in self._files}
         try:
@@ -124,18 +124,19 @@ def drop_page_cache(files: Sequence[Path]) -> bool:
         os.sync()
         _DROP.write_text("3")
     except OSError:
-        for file in files:
-            _drop_file(file)
+        drop_files(files)
         return False
     return True
 
 
-def _drop_file(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+def drop_files(files: Sequence[Path]) -> None:
+    """Empty the page cache of ``files``."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def own_bytes(folder: Path) -> int:

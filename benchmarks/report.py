@@ -105,16 +105,17 @@ def _how(record: Record) -> str:
         "The floor is the larger of computing with all weights resident and of the bytes that odewei read, at the "
         "bandwidth of a plain parallel direct read right before and after; the figure is the median over "
         f"{record.passes} passes, the n-th of odewei with the n-th of the resident model.",
-        "The passes of odewei, its plain twin and the resident model are measured in two groups, the larger one before "
-        "the peers and the other after them. In each group they follow each other without pause, after one that is not "
-        "counted: odewei reads ahead into the next pass.",
+        "Passes follow each other without pause, after one that is not counted: odewei reads ahead into the next pass. "
+        "Those of the plain twin and the resident model come before the peers; odewei's in two groups, the larger one "
+        "before the peers and the other after them.",
         "A peer runs alone in its process, its page cache empty at the start; its first pass is not counted, then "
         f"{record.passes} at each number of tokens are. It is compared with the median of odewei's passes before and "
         "after the peers. Its column of the plain read is the mean of the reads before and after it.",
         f"The bound on bytes is weights − budget + unit × ({AUTO_WINDOW_UNITS} + 1): a unit is "
         f'{record.unit_bytes / 1e6:.0f} MB, and the window of prefetch_depth="auto" is taken as '
         f"{AUTO_WINDOW_UNITS} units.",
-        "The cold start is measured in fresh processes after their imports; its bar is the checkpoint's bytes at the "
+        "The cold start is measured in fresh processes after their imports, which begin with an empty page cache (the "
+        "checkpoint's is emptied once more before the clock starts); its bar is the checkpoint's bytes at the "
         f"plain read's bandwidth and the computing of the last layer (its share of the weights{last}).",
         "Everything fits: odewei and the resident model by turns in one process, the median of the ratios of pairs.",
         "Before a contender builds its model, as much memory as it may use is touched and freed by another process: a "

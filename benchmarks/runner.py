@@ -1,8 +1,8 @@
 """The order of measurements. Starts processes and asks them; computes no ratio and writes no report.
 
 A contender is one process for all token counts, and each has its own. What is compared is measured next to each other:
-the resident model, odewei and its plain twin take turns in two groups of passes, with a plain read around each; between
-the two groups the peers run, each alone (two processes that map the same files would share a page cache).
+the resident model, odewei and its plain twin after each other, with a plain read around them; then the peers, each
+alone (two processes that map the same files would share a page cache); then a second group of odewei's passes.
 
 Starting takes a third of the time. So processes that follow each other are launched together, and import at the same
 time while nothing is measured; and the resident model of the main part is also the one that everything is compared
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cgroup import Limits
-from benchmarks.disk import drop_page_cache, own_bytes
+from benchmarks.disk import drop_files, drop_page_cache, own_bytes
 from benchmarks.memory import available_bytes, touch
 from benchmarks.process import ContenderError, Process, started
 from benchmarks.record import PLAIN_TWIN, Row
@@ -30,7 +30,7 @@ from benchmarks.settings import ALLOWANCE_BYTES, Settings
 __all__ = ["Runner", "groups"]
 
 _SPARE_BYTES = 1_000_000_000
-_PAIRS = (8, 3)  # of everything that fits, times passes, at the two token counts: a short pass is a noisy one
+_PAIRS = (5, 2)  # of everything that fits, times passes, at the two token counts: a short pass is a noisy one
 
 
 def groups(passes: int) -> list[int]:
@@ -77,9 +77,10 @@ class Runner:
             self._around(trio, self._settings.sweep_peers if percent == max(self._settings.budgets) else ())
 
     def _around(self, trio: _Trio, peers: Sequence[str]) -> None:
-        """The trio's passes before the peers, the peers, the trio's passes after them."""
-        before, *after = groups(self._settings.passes)
-        trio.compare(before)
+        """The trio's passes before the peers, the peers, the rest of odewei's passes after them."""
+        passes = self._settings.passes
+        before, *after = groups(passes) if peers else [passes]
+        trio.compare(before, of_others=passes)
         found = self._peers(peers, trio)
         for count in after:
             trio.compare(count)
@@ -160,13 +161,14 @@ class Runner:
         return ""
 
     def _cold(self) -> None:
-        """Fresh processes, nothing in the page cache: build and first pass; imports are not counted."""
+        """Fresh processes, started with an empty page cache: build and first pass; imports are not counted."""
         settings, tokens = self._settings, self._settings.tokens[0]
         rounds, widths, bits, budget = [], [self._bandwidth()], set[str](), None
         keywords = self._keywords(settings.budget_bytes, settings.limit_bytes)
         try:
             with ExitStack() as stack:
                 waiting = []
+                self._whole_cache &= drop_page_cache(self._files)
                 for _ in range(settings.passes):
                     own = stack.enter_context(ExitStack())
                     process = own.enter_context(self._process("cold", settings.limit_bytes))
@@ -174,7 +176,7 @@ class Runner:
                     waiting.append((process, own))
                 for process, own in waiting:
                     self._say("cold start")
-                    answer = self._start(process, "odewei", tokens, settings.limit_bytes)
+                    answer = self._start(process, "odewei", tokens, settings.limit_bytes, imports_again=False)
                     budget = process.ask("report")["report"]["budget_bytes"]
                     own.close()
                     rounds.append([answer["first_seconds"]])
@@ -233,11 +235,20 @@ class Runner:
         where = {"folder": str(settings.checkpoint), "scratch": str(scratch or settings.folder)}
         process.tell("prepare", contender=name, keywords=keywords, **where)
 
-    def _start(self, process: Process, contender: str, tokens: int, needed_bytes: int) -> dict[str, Any]:
-        """Wait for its imports, empty the page cache, touch memory, build, first pass."""
+    def _start(
+        self, process: Process, contender: str, tokens: int, needed_bytes: int, *, imports_again: bool = True
+    ) -> dict[str, Any]:
+        """Wait for its imports, empty the page cache, touch memory, build, first pass.
+
+        The whole page cache, which holds the libraries' own code as well, or (not ``imports_again``) that of the
+        checkpoint: where the first pass is timed, code is what the imports have left it.
+        """
         self._say(f"{contender}: build")
         process.answer()
-        self._whole_cache &= drop_page_cache(self._files)
+        if imports_again:
+            self._whole_cache &= drop_page_cache(self._files)
+        else:
+            drop_files(self._files)
         touch(needed_bytes + _SPARE_BYTES)
         return process.ask("start", tokens=tokens)
 
@@ -300,19 +311,20 @@ class _Trio:
         runner._launch(process, name, keywords)
         return process
 
-    def compare(self, passes: int) -> None:
-        """Passes of all of them at each token count, a plain read before and after."""
+    def compare(self, passes: int, *, of_others: int = 0) -> None:
+        """Passes of odewei and of the others at each token count, a plain read before and after."""
         where = self.part if self.percent is None else f"{self.part} {self.percent} %"
         before = self.runner._bandwidth()
         for tokens in self.tokens:
             self.runner._say(f"{where}, {tokens} tokens")
             asked: list[_Found] = []
             for name, process in list(self.processes.items()):
+                count = passes if name == "odewei" else of_others
                 with self._or_a_row("failed", name, tokens):
-                    asked.append(self._ask(name, process, tokens, passes))
+                    asked += [self._ask(name, process, tokens, count)] if count else []
             after = self.runner._bandwidth()
             for found in asked:
-                found.bandwidths += [(before + after) / 2] * passes
+                found.bandwidths += [(before + after) / 2] * (len(found.seconds) - len(found.bandwidths))
             before = after
 
     def _ask(self, name: str, process: Process, tokens: int, passes: int) -> _Found:

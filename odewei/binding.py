@@ -17,6 +17,7 @@ from types import FrameType
 import torch
 from torch import nn
 
+from odewei.copies import Skeleton
 from odewei.escapes import Escapes
 from odewei.looked_up import LookedUp
 from odewei.module_binding import ModuleBinding
@@ -127,6 +128,20 @@ class Binder:
         """Whether somebody has changed a weight of a resident unit in place."""
         tensors = self._tensors[unit]
         return tensors is not None and any(parameter._version for parameter in tensors.values())
+
+    def changed(self, unit: int, name: str) -> nn.Parameter | None:
+        """The parameter of a weight that was written to, loaded if need be; None if it is as in the checkpoint."""
+        table, real = self._tables.get(name), self.resident(unit, name)
+        in_part = isinstance(table, SlicedWeight) and table.is_written()
+        written = real is not None and real._version > 0
+        return self.load(unit, name) if written or in_part or self._escapes.is_written(unit, name) else None
+
+    def skeleton(self) -> Skeleton:
+        """What stands for the weights in a copy of the model."""
+        return Skeleton(self, self._weight, self.changed)
+
+    def _weight(self, unit: int, name: str) -> Weight:
+        return next(weight for weight in self._units[unit] if weight.name == name)
 
     def is_held(self, unit: int) -> bool:
         """Whether somebody has a tensor over the memory of a resident unit: one that was handed out, or a view."""

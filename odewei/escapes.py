@@ -49,6 +49,11 @@ class Escapes:
                 parameters[name] = parameter
             held.end()
 
+    def is_written(self, unit: int, name: str) -> bool:
+        """Whether a weight whose unit is absent was written to."""
+        held = self._held.get(unit, {}).get(name)
+        return held is not None and held.is_written()
+
     def has(self, unit: int, name: str, parameter: object) -> bool:
         """Whether this is the parameter that was handed out for a weight whose unit is absent."""
         held = self._held.get(unit, {}).get(name)
@@ -79,6 +84,10 @@ class _Held:
             return None
         with torch.inference_mode(False), torch.no_grad():
             return nn.Parameter(values, requires_grad=False)
+
+    def is_written(self) -> bool:
+        values = self._values
+        return values is not None and values._version > 0
 
     def end(self) -> None:
         """Keep nothing any more; the reference and its callback would keep each other."""

@@ -1,4 +1,4 @@
-"""Refuses, with the cure, what would silently load a whole streamed model: converting, moving and copying it.
+"""Refuses, with the cure, what would silently load a whole streamed model: converting and moving it.
 
 ``module.to()``, ``.half()``, ``.cuda()`` and their like all go through ``nn.Module._apply``; one that would change
 nothing is let pass. Knows modules and dtypes only.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from odewei.copies import leave_out, refuse_copy
 from odewei.errors import ModelError
 
-__all__ = ["guard", "refuse_copy", "unguard"]
+__all__ = ["guard", "unguard"]
 
 
 def guard(modules: Iterable[nn.Module], dtypes: Collection[torch.dtype]) -> None:
@@ -29,6 +29,7 @@ class _Apply:
     """What stands in for a module's ``_apply``."""
 
     __slots__ = ("_module", "_samples")
+    __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
 
     def __init__(self, module: nn.Module, samples: Sequence[torch.Tensor]) -> None:
         self._module = weakref.ref(module)  # a guarded module must not wait for the collector when it is dropped
@@ -53,11 +54,3 @@ class _Apply:
 def unguard(module: nn.Module) -> None:
     """Take the guard out."""
     module.__dict__.pop("_apply", None)
-
-
-def refuse_copy(*_: Any) -> NoReturn:
-    """For ``__deepcopy__`` and ``__reduce_ex__`` of what hangs on every streamed model."""
-    raise ModelError(
-        "a streamed model can be neither copied nor pickled yet",
-        cure="Build it a second time from the same checkpoint, or call odewei.materialize(model) first",
-    )

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from odewei.guards import refuse_copy
+from odewei.copies import leave_out, refuse_copy
 from odewei.scheduler.drivers import Driver
 from odewei.scheduler.records import Account
 from odewei.sliced import Experts
@@ -32,7 +32,7 @@ class _UnitHooks:
     """``units`` are entered in order and left in reverse."""
 
     __slots__ = ("_driver", "_units")
-    __deepcopy__ = __reduce_ex__ = refuse_copy
+    __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
 
     def __init__(self, units: Sequence[int], driver: Driver) -> None:
         self._units = tuple(units)
@@ -57,7 +57,7 @@ class _PassHooks:
     """Tell the scheduler when a thread is inside the model."""
 
     __slots__ = ("_account", "_driver")
-    __deepcopy__ = __reduce_ex__ = refuse_copy
+    __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
 
     def __init__(self, driver: Driver, account: Account) -> None:
         self._driver = driver
@@ -74,7 +74,7 @@ class _ExpertHooks:
     """While a thread is inside, it holds the expert that it took last."""
 
     __slots__ = ("_experts",)
-    __deepcopy__ = __reduce_ex__ = refuse_copy
+    __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
 
     def __init__(self, experts: Experts) -> None:
         self._experts = experts

@@ -26,7 +26,7 @@ from odewei.scheduler.rows import RowTable
 __all__ = ["ANSWERED", "LookedUp", "is_watched"]
 
 _DESCRIPTION = """
-    __len__ device dim dtype element_size get_device grad grad_fn is_complex is_conj is_contiguous is_cpu is_cuda
+    __len__ detach device dim dtype element_size get_device grad grad_fn is_complex is_conj is_contiguous is_cpu is_cuda
     is_floating_point is_inference is_leaf is_meta is_mkldnn is_mps is_neg is_nested is_pinned is_quantized is_signed
     is_sparse is_sparse_csr is_xla is_xpu itemsize layout name nbytes ndim ndimension nelement numel output_nr
     requires_grad requires_grad_ retains_grad shape size storage_offset stride

@@ -93,8 +93,8 @@ def _missing(missing: Sequence[Weight], known: Mapping[str, WeightInfo]) -> Miss
 
 def load_buffers(
     model: nn.Module, source: WeightsLoader | CallableLoader, dtype: torch.dtype | None, on_missing: str
-) -> int:
-    """Load the persistent buffers for good, in place of those the model was built with. Returns their bytes.
+) -> None:
+    """Load the persistent buffers for good, in place of those the model was built with.
 
     Raises MissingWeightError for a persistent buffer that the checkpoint lacks (unless ``on_missing`` is "init": then
     it stays as built), WeightMismatchError for another shape, ModelError for a buffer that has no values at all.
@@ -122,7 +122,6 @@ def load_buffers(
             weight=name,
             cure="Have model_fn make it on the CPU",
         )
-    return sum(buffer.nbytes for buffer in model.buffers())
 
 
 def _read_buffers(

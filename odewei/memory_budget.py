@@ -48,6 +48,10 @@ class MemoryBudget:
         self._lock = threading.Lock()  # no finalizer takes it
         self._process = os.getpid()
 
+    def another(self) -> MemoryBudget:
+        """One like this for itself, without models: what was asked for this one."""
+        return MemoryBudget("auto" if self._auto else self.limit_bytes, num_readers=self._num_readers)
+
     @property
     def limit_bytes(self) -> int:
         """The budget. For "auto", what it is at the moment; 1 before the first model."""

@@ -11,6 +11,7 @@ reference, or a load. The module is held weakly.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from odewei.copies import Skeleton, refuse_copy
 from odewei.looked_up import LookedUp
 from odewei.placeholder import Placeholder
 from odewei.sliced import Sliced
@@ -52,8 +54,11 @@ class _Streamed(dict[str, Any]):
         del self[name]
         return value
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return self._binding.copied(memo)
+
     def __reduce__(self) -> Any:
-        return (dict, (dict(self),))
+        refuse_copy()
 
     def copy(self) -> dict[str, Any]:
         return dict(self)
@@ -181,6 +186,11 @@ class ModuleBinding:
             self._follow(module, items)
         self._names = self._tables = ()
         self._real = self._replaced = None
+
+    def copied(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """The module's parameters in a copy of the model."""
+        Skeleton.of(memo)
+        return copy.deepcopy(dict(dict.items(self._unbound)), memo)
 
     def put(self) -> None:
         """Make the module use the dictionary that fits what is here now."""

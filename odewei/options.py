@@ -6,7 +6,7 @@ Knows numbers. Knows nothing of models.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -75,6 +75,10 @@ class Options:
             num_readers=num_readers,
             on_missing=on_missing,  # type: ignore[arg-type]
         )
+
+    def again(self) -> Options:
+        """The same for a copy of the model: as much memory, unless it is shared."""
+        return self if self.shares else replace(self, budget=self.budget.another())
 
     def resolve_direct(self, weight_bytes: int, budget_bytes: int) -> bool:
         """Whether to read past the page cache: yes when it cannot hold the weights besides what the budget takes."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Protocol, Self
 
 import torch
 from torch.utils._pytree import tree_map_only
+
+from odewei.copies import Skeleton
 
 __all__ = ["Origin", "Placeholder", "with_real"]
 
@@ -66,7 +68,14 @@ class Placeholder(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return _Detached.of(args[0])
         return with_real(func, args, kwargs)
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether this is what ``detach`` makes of a parameter: no parameter, and as little loaded."""
+        return not self._is_param
 
     def fetch(self) -> torch.Tensor:
         """The real tensor, loaded now if need be."""
@@ -91,8 +100,14 @@ class Placeholder(torch.Tensor):
         return self.fetch().data_ptr()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
+        """Within a copy of the whole model what stands for the weight there; otherwise a parameter with its values."""
         if id(self) not in memo:
-            memo[id(self)] = torch.nn.Parameter(self.fetch().detach().clone(), requires_grad=False)
+            skeleton = Skeleton.found_in(memo, self._origin())
+            memo[id(self)] = (
+                torch.nn.Parameter(self.fetch().detach().clone(), requires_grad=False)
+                if skeleton is None
+                else skeleton.parameter(self.unit, self.weight_name)
+            )
         found: torch.nn.Parameter = memo[id(self)]
         return found
 
@@ -102,6 +117,20 @@ class Placeholder(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.weight_name!r}, {tuple(self.shape)}, {self.dtype}, on demand)"
+
+
+class _Detached(Placeholder):
+    """What ``detach`` makes: not a parameter any more."""
+
+    __slots__ = ()
+
+    _is_param = False
+
+    @classmethod
+    def of(cls, placeholder: Placeholder) -> _Detached:
+        shape, stride = tuple(placeholder.shape), tuple(placeholder.stride())
+        unit, name, origin = placeholder.unit, placeholder.weight_name, placeholder._origin
+        return cls.make(unit, name, shape, placeholder.dtype, stride, origin)
 
 
 def with_real(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
@@ -120,9 +149,25 @@ def _call_leased(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         releases.append(release)
         return tensor
 
+    written = list(_written(func, args, kwargs))
     try:
         args = tree_map_only(Placeholder, real, args)
-        return func(*args, **tree_map_only(Placeholder, real, kwargs))
+        found = func(*args, **tree_map_only(Placeholder, real, kwargs))
+        for placeholder in written:
+            torch.autograd.graph.increment_version(real(placeholder))
+        return found
     finally:
         for release in reversed(releases):
             release()
+
+
+def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Placeholder]:
+    """The placeholders that an operation below autograd writes into: there torch does not count writes any more."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            values = value if isinstance(value, list | tuple) else (value,)
+            yield from (one for one in values if isinstance(one, Placeholder))

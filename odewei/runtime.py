@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -19,12 +19,14 @@ import torch
 from torch import nn
 
 from odewei.binding import Binder
+from odewei.deep_copy import DeepCopy
 from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError, TraceError
 from odewei.experts import ExpertPlan, find_experts, largest_expert_bytes, listed_experts, slack_bytes
 from odewei.guards import guard, unguard
 from odewei.hooks import hook_experts, hook_pass, hook_unit, unhook
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
+from odewei.mapped_state import MappedState
 from odewei.matching import bound_dtype, init_missing, load_buffers, match_weights
 from odewei.options import Options
 from odewei.report import Report
@@ -71,15 +73,20 @@ def find_runtime(model: nn.Module) -> Runtime | None:
 
 
 class Runtime:
-    """Makes a model without weights stream them. Built by ``init_on_demand_weights_model`` only."""
+    """Makes a model without weights stream them. Built by ``init_on_demand_weights_model`` and copies only."""
 
-    def __init__(self, model: nn.Module, source: WeightsLoader | CallableLoader, options: Options) -> None:
+    def __init__(
+        self, model: nn.Module, source: WeightsLoader | CallableLoader, options: Options, *, of_copy: bool = False
+    ) -> None:
+        """``of_copy``: the model is a copy of a streamed one; buffers and parameters with values are its own."""
         self.options = options
         self._source = source
         self._model = weakref.ref(model)
         self._dtype = options.dtype or source.dtype
-        infos, weights = self._match(model, source)
-        self._buffer_bytes = load_buffers(model, source, self._dtype, options.on_missing)
+        infos, weights = self._match(model, source, survey(model, of_copy=of_copy))
+        if not of_copy:
+            load_buffers(model, source, self._dtype, options.on_missing)
+        self._buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
         sizes = {weight.name: self._bound_bytes(weight, infos) for weight in weights}
         self._weight_bytes = sum(sizes.values())
         self.budget = options.budget
@@ -199,12 +206,23 @@ class Runtime:
         for unit in range(self._pieces):
             found = self.binder.hold(unit)
             parameters.update({name: nn.Parameter(tensor.detach().clone()) for name, tensor in found.items()})
-        for module in model.modules():
-            unhook(module)
-            unguard(module)
+        self._take_off(model)
         self.binder.restore(parameters)
         del _runtimes[model]
         self.close()
+
+    def _stream_copy(self, model: nn.Module) -> None:
+        """Make a copy of the model stream."""
+        self._take_off(model)
+        Runtime(model, self._source, self.options.again(), of_copy=True)
+
+    def _take_off(self, model: nn.Module) -> None:
+        """Take what hangs on the model, or on a copy of it, off."""
+        for module in model.modules():
+            unhook(module)
+            unguard(module)
+        self._state.remove(model)
+        DeepCopy.remove(model)
 
     def hooked_modules(self) -> Mapping[str, list[int]]:
         """The units that each hooked module takes leases of, by the module's name."""
@@ -213,9 +231,8 @@ class Runtime:
     # -- making ------------------------------------------------------------------------------------------------------
 
     def _match(
-        self, model: nn.Module, source: WeightsLoader | CallableLoader
+        self, model: nn.Module, source: WeightsLoader | CallableLoader, weights: Sequence[Weight]
     ) -> tuple[Mapping[str, WeightInfo], Sequence[Weight]]:
-        weights = survey(model)
         if isinstance(source, CallableLoader):
             return {}, weights
         matched = match_weights(weights, source, self.options.on_missing)
@@ -327,6 +344,20 @@ class Runtime:
         dtypes = {self._cast(self._stored_dtype(weight, infos)) for unit in self.units for weight in unit.weights}
         owners = {"", *(use.module for unit in self.units for weight in unit.weights for use in weight.uses)}
         guard((modules[name] for name in owners), dtypes)
+        self._state = MappedState(
+            self._weights,
+            infos,
+            lambda weight: self._cast(self._stored_dtype(weight, infos)),
+            self.binder.resident,
+            self.binder.changed,
+        )
+        model.register_state_dict_post_hook(self._state)  # type: ignore[no-untyped-call]
+        DeepCopy(model, self.binder.skeleton, self._stream_copy)
+
+    def _weights(self) -> Iterator[tuple[int, Weight]]:
+        """Those that modules have, with their units' places."""
+        for place, unit in enumerate(self.units[: self._pieces]):
+            yield from ((place, weight) for weight in unit.weights)
 
     def _expect_saved_order(self, model: nn.Module) -> None:
         """Use the order that was saved beside the checkpoint, if there is one and it fits."""

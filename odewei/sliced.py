@@ -151,6 +151,10 @@ class SlicedWeight:
             torch.empty((), device="cpu").expand(self.shape)[place]
         return self.experts.piece(self.name, place % self.shape[0])
 
+    def is_written(self) -> bool:
+        """Whether a part that is in memory by itself was written to."""
+        return any(piece._version for _, piece in self.experts.pieces_here(self.name))
+
     def catch_up(self, whole: nn.Parameter) -> None:
         """Copy into the whole weight what was written into pieces; it counts as written then, and stays.
 

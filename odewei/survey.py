@@ -74,8 +74,10 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
         number += 1
 
 
-def survey(model: nn.Module) -> Sequence[Weight]:
+def survey(model: nn.Module, *, of_copy: bool = False) -> Sequence[Weight]:
     """The distinct parameters of a model in definition order. A module that appears twice counts under its first name.
+
+    Of a copy of a streamed model only those without values: the others are the user's own.
 
     Raises ModelError for a parameter that is more than its bytes (a quantised one) or has no shape yet (a lazy one).
     """
@@ -83,7 +85,7 @@ def survey(model: nn.Module) -> Sequence[Weight]:
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # thousands of weights have the same
     for prefix, module, _ in walk(model):
         for local_name, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and (parameter.is_meta or not of_copy):
                 _check_plain(parameter, prefix, local_name)
                 found.setdefault(id(parameter), (parameter, []))[1].append(Use(prefix, local_name))
     weights = []

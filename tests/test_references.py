@@ -83,6 +83,29 @@ def test_a_write_just_before_the_unit_comes_back(pair: tuple[nn.Module, nn.Modul
         check(model, streamed)
 
 
+WRITES = {
+    "in place": lambda weight: weight.mul_(3),
+    "copied": lambda weight: weight.copy_(torch.full_like(weight, 0.5)),
+    "out": lambda weight: torch.add(torch.ones(32, 32), 1, out=weight),
+    "several": lambda weight: torch._foreach_mul_([weight], 3),
+    "initialised": nn.init.eye_,
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_a_write_through_parameters(how: str, pair: tuple[nn.Module, nn.Module]) -> None:
+    """What an operation writes into something from named_parameters() stays when the unit has come and gone."""
+    model, streamed = pair
+    for one in pair:
+        drive_out(streamed, 2)
+        with torch.no_grad():
+            WRITES[how](dict(one.named_parameters())["2.0.weight"])
+    for _ in range(2):
+        check(model, streamed)
+        for layer in (0, 1, 3, 4):
+            drive_out(streamed, layer)
+
+
 def test_what_was_only_read_is_not_kept(pair: tuple[nn.Module, nn.Module]) -> None:
     """A reference without a write costs nothing once it is dropped: the unit streams as before."""
     model, streamed = pair

@@ -1,0 +1,67 @@
+"""``copy.deepcopy`` of a streamed model: a second one, independent, that streams from the same checkpoint.
+
+Everything but the weights is copied as usual: buffers, attributes, hooks of the user, parameters that the user has put
+into the model or changed in place. Weights become parameters without values, and the copy streams like a new model.
+Parts of a streamed model cannot be copied by themselves, and nothing of it can be pickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from odewei.copies import Skeleton, leave_out, refuse_copy
+from odewei.errors import ModelError
+
+__all__ = ["DeepCopy"]
+
+
+class DeepCopy:
+    """What ``copy.deepcopy`` finds as the method of one model. It does not keep the model alive.
+
+    ``skeleton`` makes what stands for the weights; ``stream`` is given the copy, with everything on it that odewei had
+    put on the model, to make it stream.
+    """
+
+    __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
+
+    def __init__(
+        self, model: nn.Module, skeleton: Callable[[], Skeleton], stream: Callable[[nn.Module], object]
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._skeleton = skeleton
+        self._stream = stream
+        model.__dict__["__deepcopy__"] = self
+
+    def __call__(self, memo: dict[Any, Any]) -> nn.Module:
+        model = self._model()
+        assert model is not None, "it hangs on the model"
+        with self._skeleton().used_by(memo):
+            made = _copied(model, memo)
+        self._stream(made)
+        return made
+
+    @staticmethod
+    def remove(model: nn.Module) -> None:
+        """Have the model, or a copy of it, copied like any other module."""
+        model.__dict__.pop("__deepcopy__", None)
+
+
+def _copied(model: nn.Module, memo: dict[Any, Any]) -> nn.Module:
+    """As ``copy.deepcopy`` does for a class that has no way of its own."""
+    reduced: Any = model.__reduce_ex__(4)
+    maker, arguments, state = reduced[:3]
+    if maker is not copyreg.__newobj__ or len(arguments) != 1:  # type: ignore[attr-defined]
+        raise ModelError(
+            f"{type(model).__name__} says itself how it is copied, which would copy all weights",
+            cure="Build it a second time from the same checkpoint",
+        )
+    made: nn.Module = type(model).__new__(type(model))
+    memo[id(model)] = made
+    made.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
+    return made

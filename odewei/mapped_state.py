@@ -1,0 +1,100 @@
+"""``state_dict()`` of a streamed model: equal to the checkpoint, and backed by its files instead of by memory.
+
+Each weight becomes a tensor over a private, copy-on-write map of the checkpoint's file: it takes page cache that the
+system may drop, none of the budget, and what is written into it changes neither file nor model. Weights that are not
+in a file as the model has them (cast on load, delivered by a function) stay placeholders, loaded when they are used;
+those that were changed in place are the changed ones.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from odewei.copies import leave_out, refuse_copy
+from odewei.loaders.base import CheckpointFile, WeightInfo
+from odewei.placeholder import Placeholder
+from odewei.scheduler.reader import cannot_read
+from odewei.survey import Weight
+
+__all__ = ["MappedState"]
+
+
+class MappedState:
+    """The hook that ``nn.Module.state_dict`` calls at its end, for the weights of one model.
+
+    ``infos`` give their places by their names, ``resident`` the parameter of one that is in memory, else None, and
+    ``changed`` that of one that was written to.
+    """
+
+    __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
+
+    def __init__(
+        self,
+        weights: Callable[[], Iterable[tuple[int, Weight]]],
+        infos: Mapping[str, WeightInfo],
+        dtype_of: Callable[[Weight], torch.dtype],
+        resident: Callable[[int, str], nn.Parameter | None],
+        changed: Callable[[int, str], nn.Parameter | None],
+    ) -> None:
+        self._weights = weights
+        self._infos = infos
+        self._dtype_of = dtype_of
+        self._resident = resident
+        self._changed = changed
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+        files: dict[CheckpointFile, mmap.mmap] = {}
+        for unit, weight in self._weights():
+            real = self._resident(unit, weight.name)
+            keys = [key for use in weight.uses if _has_values_of(real, state.get(key := prefix + use.name))]
+            if not keys:
+                continue
+            changed = self._changed(unit, weight.name)
+            value = self._mapped(weight, files) if changed is None else changed.detach()
+            if value is not None:
+                state.update(dict.fromkeys(keys, value))
+
+    def remove(self, module: nn.Module) -> None:
+        """Take it out of the model, or of a copy of it."""
+        for key, hook in list(module._state_dict_hooks.items()):
+            if hook is self:
+                del module._state_dict_hooks[key]
+
+    def _mapped(self, weight: Weight, files: dict[CheckpointFile, mmap.mmap]) -> torch.Tensor | None:
+        """The weight over its file; None if it does not lie there as the model has it."""
+        info = self._infos.get(weight.name)
+        if info is None or info.span is None or info.dtype != self._dtype_of(weight):
+            return None
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype, device="cpu")
+        if info.span.offset % info.dtype.itemsize:
+            return None  # torch computes with whole elements
+        file = info.span.file
+        if file not in files:
+            files[file] = _map(file)
+        count = info.nbytes // info.dtype.itemsize
+        with torch.inference_mode(False), torch.no_grad():
+            flat = torch.frombuffer(files[file], dtype=info.dtype, count=count, offset=info.span.offset)
+            return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
+
+
+def _has_values_of(real: nn.Parameter | None, value: object) -> bool:
+    """Whether ``value`` is the detached parameter, and neither the user's own nor (``keep_vars``) the parameter."""
+    if isinstance(value, Placeholder):
+        return value.is_detached
+    return type(value) is torch.Tensor and real is not None and value.data_ptr() == real.data_ptr()
+
+
+def _map(file: CheckpointFile) -> mmap.mmap:
+    try:
+        with open(file.path, "rb") as stream:
+            file.check_unchanged(stream.fileno())
+            return mmap.mmap(stream.fileno(), os.fstat(stream.fileno()).st_size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise cannot_read(file, error) from error
