@@ -191,7 +191,7 @@ class Binder:
     def resident(self, unit: int, name: str) -> nn.Parameter | None:
         """The real parameter if it is loaded now; the reference keeps it."""
         tensors = self._tensors[unit]
-        return None if tensors is None else tensors[name]
+        return None if tensors is None else tensors.get(name)  # a unit that leaves is emptied
 
     def is_real(self, placeholder: Placeholder, parameter: object) -> bool:
         """Whether this is what was handed out for a weight."""

@@ -210,6 +210,7 @@ def test_one_token_reads_two_of_sixty_four(kind: str, implementation: str, depth
         assert models.same_bits(models.outputs(streamed, tokens(1)), models.outputs(model, tokens(1)))
         assert odewei.report(streamed).bytes_read == rest + expert_bytes(model) * ROUTED // EXPERTS
         assert models.same_bits(models.outputs(streamed, tokens(2, 9)), models.outputs(model, tokens(2, 9)))
+        assert odewei.report(streamed).mispredictions == 0, "routing is not predicted, so it cannot be wrong"
 
 
 @pytest.mark.parametrize("kind", [Routing, Fused])
@@ -636,6 +637,24 @@ def test_an_error_in_an_expert(error: type[BaseException], pair: tuple[nn.Module
     assert models.same_bits(models.outputs(streamed, tokens(2, 5)), models.outputs(model, tokens(2, 5)))
     assert runtime_of(streamed).driver.ledger.leases() == 0
     assert not runtime_of(streamed).driver.ledger._wants
+
+
+def test_one_expert_at_a_time_is_leased(pair: tuple[nn.Module, nn.Module]) -> None:
+    """Between the two uses of an expert it cannot leave; the one before it can."""
+    _, streamed = pair
+    runtime = runtime_of(streamed)
+    seen: list[list[str]] = []
+
+    def note(module: nn.Module, args: object) -> None:
+        pieces = (record for record in runtime.account.units if record.name.startswith("model.layers.1.mlp.experts["))
+        seen.append([record.name for record in pieces if record.leases])
+
+    handle = experts_of(streamed).act_fn.register_forward_pre_hook(note)
+    models.outputs(streamed, tokens(1, 9))
+    handle.remove()
+    assert len(seen) > 1
+    assert all(len(names) == 1 for names in seen)
+    assert len({names[0] for names in seen}) == len(seen)
 
 
 def test_a_read_that_fails(saved: Saved, tmp_path: Path) -> None:

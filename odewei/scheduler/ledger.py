@@ -326,7 +326,7 @@ class Ledger:
         self._wants.met(mine, record.id)
         surprise = self.outlook.record(mine, record.id, record.nbytes)
         if surprise is not None:
-            record.account.counters.mispredictions += 1
+            record.account.counters.mispredictions += not record.on_demand  # nobody predicts these at first
             for unit in tuple(self._ahead) if surprise.jumped else surprise.skipped:
                 if unit in self._ahead:
                     self._clear_ahead(self.units[unit])  # it may never be used

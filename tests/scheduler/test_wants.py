@@ -108,6 +108,20 @@ def test_wanted_units_are_read_before_anybody_waits(setup: Setup) -> None:
     setup.check()
 
 
+def test_what_is_wanted_does_not_leave_for_what_is_predicted() -> None:
+    """Although the prediction does not hold it, and there is a window for more."""
+    setup = Setup([4096] * 6, 2 * 4096)
+    setup.account.window = Window(5, 5 * 4096)
+    setup.seed([0, 1, 2, 3])
+    setup.driver.want([5, 4])
+    setup.prefetch()
+    assert setup.reads == [5, 4]
+    setup.driver.want([])
+    setup.prefetch()
+    assert setup.reads == [5, 4, 0, 1]
+    setup.check()
+
+
 def test_the_driver_is_needed_while_something_is_wanted(setup: Setup) -> None:
     """Also when all that is expected is there."""
     for record in setup.account.units[3:]:
