@@ -243,7 +243,7 @@ def test_a_reader_must_not_use_the_model_that_it_reads_for() -> None:
             return error
         return AssertionError("it could be used")
 
-    setup = Setup([PAGE] * 2, 2 * PAGE, depth=1)
+    setup = Setup([PAGE] * 2, 2 * PAGE, depth=0)  # read ahead, the error would be over before the forward comes
     setup.units[0].fault = use_the_model
     setup.seed([0])
     setup.driver.start()
