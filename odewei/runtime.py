@@ -370,7 +370,7 @@ class Runtime:
             _log.warning("the order of layers saved in %s is not used: %s", path, error)
 
     def _access(self, place: int, frame: FrameType) -> None:
-        self.driver.enter(self._id(place), frame)
+        self.driver.enter(self._id(place), frame, lingers=True)
 
     def _leave(self, place: int) -> None:
         self.driver.leave(self._id(place))

@@ -47,12 +47,14 @@ class Driver(ABC):
 
     # -- the forward thread ------------------------------------------------------------------------------------------
 
-    def enter(self, unit: int, frame: FrameType) -> None:
+    def enter(self, unit: int, frame: FrameType, *, lingers: bool = False) -> None:
         """Take a lease of ``unit`` for the call that runs in ``frame``; return when it is resident and bound.
+
+        ``lingers``: within a forward pass, nothing is read ahead in its place before this thread enters another unit.
 
         Raises WeightReadError if it cannot be read, ClosedError after ``close``; then no lease is held.
         """
-        waiter = self.ledger.enter(unit, frame)
+        waiter = self.ledger.enter(unit, frame, lingers=lingers)
         if waiter is None:
             self.poke()
             return

@@ -44,11 +44,16 @@ class Lease:
 
 
 class ThreadLeases:
-    """The leases of one thread, innermost last."""
+    """The leases of one thread, innermost last.
+
+    ``lingering`` is a unit that its forward has taken a weight of by itself, without entering the module, and has
+    perhaps not used yet: until it enters another unit nothing drives that one out but a forward that waits.
+    """
 
     def __init__(self) -> None:
         self.thread = threading.current_thread()
         self.leases: list[Lease] = []
+        self.lingering: UnitRecord | None = None
 
 
 class LeaseBook:
@@ -76,9 +81,15 @@ class LeaseBook:
             self._threads.add(mine)
         return mine
 
-    def take(self, mine: ThreadLeases, account: Account, unit: UnitRecord | None, frame: FrameType) -> None:
-        """A lease of ``unit`` for the call that runs in ``frame``, after what earlier calls left behind is returned."""
+    def take(
+        self, mine: ThreadLeases, account: Account, unit: UnitRecord | None, frame: FrameType, *, lingers: bool = False
+    ) -> None:
+        """A lease of ``unit`` for the call that runs in ``frame``, after what earlier calls left behind is returned.
+
+        ``lingers``: it has an effect beyond its end, see ThreadLeases.
+        """
         self._return_stale(mine)
+        mine.lingering = unit if lingers else None
         mine.leases.append(Lease(account, unit, frame))
         if unit is not None:
             unit.leases += 1
@@ -91,6 +102,18 @@ class LeaseBook:
         if any(lease.what == what for lease in mine.leases):
             while self._return_last(mine).what != what:
                 pass
+
+    def lingers(self, unit: UnitRecord) -> bool:
+        """Whether a thread has just taken a weight of it."""
+        return any(thread.lingering is unit for thread in self._threads)
+
+    def end_lingering(self) -> bool:
+        """A forward waits for room. True if anything lingered."""
+        found = False
+        for thread in self._threads:
+            found |= thread.lingering is not None
+            thread.lingering = None
+        return found
 
     def return_all_stale(self) -> bool:
         """Return what any thread has left behind. True if there was anything."""
@@ -111,6 +134,7 @@ class LeaseBook:
         if lease.unit is not None:
             lease.unit.leases -= 1
         if not mine.leases:
+            mine.lingering = None
             self._on_outside(mine, lease.account, time.perf_counter() - lease.since)
         return lease
 

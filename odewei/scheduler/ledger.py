@@ -136,12 +136,12 @@ class Ledger:
                 account.counters.passes += 1
                 self._wants.drop(mine)
 
-    def enter(self, unit: int, frame: FrameType) -> Waiter | None:
+    def enter(self, unit: int, frame: FrameType, *, lingers: bool = False) -> Waiter | None:
         """Take a lease. None: the unit is resident. Otherwise whoever drives the ledger sets ``done`` of the waiter."""
         with self.lock:
             record = self._open_record(unit)
             mine = self._leases.mine()
-            self._leases.take(mine, record.account, record, frame)
+            self._leases.take(mine, record.account, record, frame, lingers=lingers)
             self._note_access(mine, record)
             if record.state is State.RESIDENT:
                 record.account.counters.hits += 1
@@ -194,7 +194,7 @@ class Ledger:
             if wish is not None and wish.demanded:
                 self.pool.stop_expecting_leaving()  # what did not come back at once is held by somebody
             decision = self._decide(wish)
-            for remedy in (self._leases.return_all_stale, self._wants.drop_all):
+            for remedy in (self._leases.return_all_stale, self._leases.end_lingering, self._wants.drop_all):
                 stuck = wish is not None and wish.demanded and (decision is None or decision.beyond_limit)
                 if stuck and remedy():
                     decision = self._decide(wish)
@@ -377,6 +377,8 @@ class Ledger:
         def evictable(unit: int) -> bool:
             record = self.units.get(unit)
             if record is None or record.state is not State.RESIDENT or record.leases or record.stays:
+                return False
+            if self._leases.lingers(record):
                 return False
             if unit in self._wants or (record.on_demand and record.account.is_held(record.place)):
                 return False

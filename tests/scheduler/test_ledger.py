@@ -189,3 +189,40 @@ def test_a_forward_that_collects_its_model_under_a_lock_does_not_hang(
             setup.driver.close()
         monkeypatch.undo()
     assert not any(hung)
+
+
+def test_a_weight_just_taken_is_not_driven_out_by_a_hint() -> None:
+    """Inside a pass a unit that was accessed by itself stays until the thread enters another, or waits for its room."""
+    setup = Setup([4096] * 3, 2 * 4096)
+    setup.account.window = Window(2, 2 * 4096)
+    setup.seed([0, 1, 2])
+    setup.ledger.enter_pass(setup.account, running_frame())
+    setup.driver.enter(0, running_frame(), lingers=True)
+    setup.driver.leave(0)
+    setup.prefetch()
+    assert [setup.ledger.units[unit].state.value for unit in range(3)] == ["resident", "resident", "absent"]
+    setup.visit(1)
+    setup.prefetch()
+    assert setup.ledger.units[2].state.value == "resident", "0 made room: the thread has gone on"
+    setup.driver.enter(2, running_frame(), lingers=True)
+    setup.driver.leave(2)
+    setup.driver.enter(1, running_frame())
+    setup.driver.enter(0, running_frame())  # takes the room of 2, or there is none
+    assert setup.ledger.units[2].state.value == "absent"
+    setup.driver.leave(0)
+    setup.driver.leave(1)
+    setup.ledger.leave_pass(setup.account)
+    assert setup.budget.overdrafts == 0
+    setup.check()
+
+
+def test_a_demand_takes_the_room_of_what_lingers() -> None:
+    """It holds nobody up: not the thread itself, and not another one."""
+    setup = Setup([4096] * 2, 4096)
+    setup.ledger.enter_pass(setup.account, running_frame())
+    setup.driver.enter(0, running_frame(), lingers=True)
+    setup.driver.leave(0)
+    assert Forward(lambda: setup.visit(1)).join() is None
+    setup.ledger.leave_pass(setup.account)
+    assert setup.budget.overdrafts == 0
+    setup.check()
