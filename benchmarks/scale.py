@@ -39,7 +39,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import odewei
+import odewei.layout
 import odewei.runtime
+import odewei.stock
 import odewei.torch
 from odewei.torch import init_on_demand_weights_model
 
@@ -48,10 +50,10 @@ UNIT_BYTES = (WIDTH * WIDTH + WIDTH) * 4
 STAGES = (
     ("model_fn, weights on meta", odewei.torch, "build_without_weights"),
     ("survey", odewei.runtime, "survey"),
-    ("matching and headers", odewei.runtime, "match_weights"),
+    ("matching and headers", odewei.stock, "match_weights"),
     ("buffers", odewei.runtime, "load_buffers"),
-    ("partition", odewei.runtime, "partition"),
-    ("smallest budget", odewei.runtime, "smallest_budget"),
+    ("partition", odewei.layout, "partition"),
+    ("smallest budget", odewei.layout, "smallest_budget"),
     ("binder", odewei.runtime, "Binder"),
     ("hooks", odewei.runtime, "hook_unit"),
     ("guards", odewei.runtime, "guard"),

@@ -10,52 +10,39 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from odewei.binding import Binder
 from odewei.copies import leave_out, refuse_copy
-from odewei.loaders.base import CheckpointFile, WeightInfo
+from odewei.layout import Layout
+from odewei.loaders.base import CheckpointFile
 from odewei.placeholder import Placeholder
 from odewei.scheduler.reader import cannot_read
+from odewei.stock import Stock
 from odewei.survey import Weight
 
 __all__ = ["MappedState"]
 
 
 class MappedState:
-    """The hook that ``nn.Module.state_dict`` calls at its end, for the weights of one model.
-
-    ``infos`` give their places by their names, ``resident`` the parameter of one that is in memory, else None, and
-    ``changed`` that of one that was written to.
-    """
+    """The hook that ``nn.Module.state_dict`` calls at its end, for the weights of one model."""
 
     __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
 
-    def __init__(
-        self,
-        weights: Callable[[], Iterable[tuple[int, Weight]]],
-        infos: Mapping[str, WeightInfo],
-        dtype_of: Callable[[Weight], torch.dtype],
-        resident: Callable[[int, str], nn.Parameter | None],
-        changed: Callable[[int, str], nn.Parameter | None],
-    ) -> None:
-        self._weights = weights
-        self._infos = infos
-        self._dtype_of = dtype_of
-        self._resident = resident
-        self._changed = changed
+    def __init__(self, layout: Layout, stock: Stock, binder: Binder) -> None:
+        self._layout, self._stock, self._binder = layout, stock, binder
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         files: dict[CheckpointFile, mmap.mmap] = {}
-        for unit, weight in self._weights():
-            real = self._resident(unit, weight.name)
+        for unit, weight in self._layout.weights():
+            real = self._binder.resident(unit, weight.name)
             keys = [key for use in weight.uses if _has_values_of(real, state.get(key := prefix + use.name))]
             if not keys:
                 continue
-            changed = self._changed(unit, weight.name)
+            changed = self._binder.changed(unit, weight.name)
             value = self._mapped(weight, files) if changed is None else changed.detach()
             if value is not None:
                 state.update(dict.fromkeys(keys, value))
@@ -68,8 +55,8 @@ class MappedState:
 
     def _mapped(self, weight: Weight, files: dict[CheckpointFile, mmap.mmap]) -> torch.Tensor | None:
         """The weight over its file; None if it does not lie there as the model has it."""
-        info = self._infos.get(weight.name)
-        if info is None or info.span is None or info.dtype != self._dtype_of(weight):
+        info = self._stock.infos.get(weight.name)
+        if info is None or info.span is None or info.dtype != self._stock.dtype(weight):
             return None
         if not info.nbytes:
             return torch.empty(info.shape, dtype=info.dtype, device="cpu")

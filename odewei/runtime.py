@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -21,39 +21,33 @@ from torch import nn
 from odewei.binding import Binder
 from odewei.deep_copy import DeepCopy
 from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError, TraceError
-from odewei.experts import ExpertPlan, find_experts, largest_expert_bytes, listed_experts, slack_bytes
 from odewei.guards import guard, unguard
 from odewei.hooks import hook_experts, hook_pass, hook_unit, unhook
-from odewei.loaders.base import WeightInfo, WeightsLoader
+from odewei.layout import Layout
+from odewei.loaders.base import WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.mapped_state import MappedState
-from odewei.matching import bound_dtype, init_missing, load_buffers, match_weights
+from odewei.matching import load_buffers
 from odewei.options import Options
 from odewei.report import Report
 from odewei.scheduler.budget import format_nbytes
-from odewei.scheduler.callable_unit import CallableUnit, Expected
 from odewei.scheduler.drivers import was_closed
-from odewei.scheduler.read_plan import ReadSettings, Wanted
-from odewei.scheduler.reader import FileTable, PlannedUnit, UnitReader
+from odewei.scheduler.reader import FileTable, UnitReader
 from odewei.scheduler.records import Account
 from odewei.scheduler.rows import RowCounters, RowTable
-from odewei.scheduler.slabs import PAGE, round_up
 from odewei.sliced import Experts
+from odewei.stock import Stock
 from odewei.survey import Weight, survey, walk
-from odewei.tables import cache_shares, find_tables, table_place
+from odewei.tables import cache_shares, table_place
 from odewei.trace_file import read_trace, trace_path
 from odewei.trace_map import units_entered
-from odewei.units import Unit, hooked_modules, partition, smallest_budget
+from odewei.unit_readers import SCRATCH_BYTES, UnitReaders
+from odewei.units import Unit
 
 __all__ = ["Runtime", "find_runtime", "runtime_of"]
 
 _log = logging.getLogger("odewei")
 _runtimes: weakref.WeakKeyDictionary[nn.Module, Runtime] = weakref.WeakKeyDictionary()
-
-_FAIR_SHARE = 4  # a unit may take this part of the budget: one in use, others on their way
-_CHUNK_BYTES = 32 << 20
-_SMALLEST_CHUNK = 4 << 20
-_SCRATCH_BYTES = 1 << 20
 
 
 def runtime_of(model: nn.Module) -> Runtime:
@@ -82,47 +76,31 @@ class Runtime:
         self.options = options
         self._source = source
         self._model = weakref.ref(model)
-        self._dtype = options.dtype or source.dtype
-        infos, weights = self._match(model, source, survey(model, of_copy=of_copy))
+        dtype = options.dtype or source.dtype
+        self.stock = Stock.match(model, survey(model, of_copy=of_copy), source, dtype, options.on_missing)
         if not of_copy:
-            load_buffers(model, source, self._dtype, options.on_missing)
+            load_buffers(model, source, dtype, options.on_missing)
         self._buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
-        sizes = {weight.name: self._bound_bytes(weight, infos) for weight in weights}
-        self._weight_bytes = sum(sizes.values())
         self.budget = options.budget
         self._pool = self.budget.pool
-        tables = find_tables(model, weights, infos)
-        plans = find_experts(model, [weight for weight in weights if weight not in tables], infos, self._cast)
-        most_bytes = _with_slack(self._weight_bytes, len(weights)) + slack_bytes(plans, infos)
-        limit_bytes = self.budget.expect(most_bytes)
-        fused = [weight for plan in plans for weight in plan.weights]
-        apart = {weight.name for weight in (*tables, *fused)}
-        others = [weight for weight in weights if weight.name not in apart]
-        room_bytes = max(0, limit_bytes - largest_expert_bytes(plans, sizes))  # an expert is there besides its block
-        units = partition(model, others, sizes, room_bytes // _FAIR_SHARE, options.granularity)
-        listed = listed_experts(model, units)
-        self.units = [units[place] for place in sorted(range(len(units)), key=listed.__getitem__)]
-        self._ahead = listed.count(False)  # those that are read ahead; what is read on demand follows
-        self._hooked = len(units)  # what follows from here on hangs on no module
-        self.units += [Unit(weight.name, (weight,), ()) for weight in (*tables, *fused)]
-        self._pieces = len(self.units)
-        self.experts = self._cut_experts(plans)
-        infos = {**infos, **{name: info for plan in plans for name, info in plan.infos(infos).items()}}
-        self._direct = options.resolve_direct(self._weight_bytes, limit_bytes)
-        readers = [self._reader(unit, infos, sizes) for unit in self.units]
-        least_bytes = self._least_bytes(readers, plans)
-        self.tables = self._tables(tables, infos, readers, least_bytes)
+        self.layout = Layout(model, self.stock, self.budget.expect, options.granularity)
+        self.units = self.layout.units
+        self.experts = {plan.module: Experts(plan, first) for plan, first in self.layout.plans}
+        self._direct = options.resolve_direct(self.stock.nbytes, self.layout.limit_bytes)
+        readers = self._readers()
+        least_bytes = self._least_bytes([reader.nbytes for reader in readers])
+        self.tables = self._tables(readers, least_bytes)
         self.order: tuple[str, ...] | None = None  # the modules that a pass enters, where that was found out before it
         with ExitStack() as undo:  # what a failure from here on would leave behind in a budget that others share
             for table in self.tables.values():
                 undo.callback(table.close)
-            self.binder = self._bind(model, infos)
-            self.account = self._make_account(least_bytes, most_bytes)
+            self.binder = self._bind(model)
+            self.account = self._make_account(least_bytes)
             named = [(unit.name, reader) for unit, reader in zip(self.units, readers, strict=True)]
             self.driver = self.budget.join(self.account, named, synchronous=options.depth == 0 and not options.shares)
             undo.callback(self.driver.leave_for_good, self.account)
             self.binder.connect(self._access, self._leave)
-            self._hook(model, infos)
+            self._hook(model)
             self._expect_saved_order(model)
             undo.pop_all()
         _runtimes[model] = self
@@ -137,7 +115,7 @@ class Runtime:
         counters, budget = self.account.counters, self._pool.budget
         rows = RowCounters.total(self.tables.values())
         return Report(
-            weight_bytes=self._weight_bytes,
+            weight_bytes=self.stock.nbytes,
             units=len(self.units),
             budget_bytes=budget.limit_bytes,
             buffer_bytes=self._buffer_bytes,
@@ -203,7 +181,7 @@ class Runtime:
             raise ClosedError("the model was closed", cure="Build it again to load it whole")
         assert model is not None
         parameters: dict[str, nn.Parameter] = {}
-        for unit in range(self._pieces):
+        for unit in range(self.layout.pieces):
             found = self.binder.hold(unit)
             parameters.update({name: nn.Parameter(tensor.detach().clone()) for name, tensor in found.items()})
         self._take_off(model)
@@ -224,98 +202,50 @@ class Runtime:
         self._state.remove(model)
         DeepCopy.remove(model)
 
-    def hooked_modules(self) -> Mapping[str, list[int]]:
-        """The units that each hooked module takes leases of, by the module's name."""
-        return hooked_modules(self.units)
-
     # -- making ------------------------------------------------------------------------------------------------------
 
-    def _match(
-        self, model: nn.Module, source: WeightsLoader | CallableLoader, weights: Sequence[Weight]
-    ) -> tuple[Mapping[str, WeightInfo], Sequence[Weight]]:
-        if isinstance(source, CallableLoader):
-            return {}, weights
-        matched = match_weights(weights, source, self.options.on_missing)
-        if matched.missing:
-            init_missing(model, matched.missing, self._dtype)
-            absent = {weight.name for weight in matched.missing}
-            weights = [weight for weight in weights if weight.name not in absent]
-        return matched.infos, weights
+    def _readers(self) -> list[UnitReader]:
+        infos = self.layout.infos(self.stock)
+        num_readers, direct = self.options.num_readers, self._direct
+        readers = UnitReaders(self._source, self.stock, infos, self._pool, num_readers=num_readers, direct=direct)
+        return [readers.make(unit) for unit in self.units]
 
-    def _stored_dtype(self, weight: Weight, infos: Mapping[str, WeightInfo]) -> torch.dtype:
-        return infos[weight.name].dtype if weight.name in infos else weight.dtype
-
-    def _bound_bytes(self, weight: Weight, infos: Mapping[str, WeightInfo]) -> int:
-        dtype = bound_dtype(self._stored_dtype(weight, infos), self._dtype)
-        return weight.numel * dtype.itemsize
-
-    def _reader(self, unit: Unit, infos: Mapping[str, WeightInfo], sizes: Mapping[str, int]) -> UnitReader:
-        if isinstance(self._source, CallableLoader):
-            expected = [Expected(weight.name, weight.shape, weight.dtype) for weight in unit.weights]
-            module = unit.hooked[0]
-            return CallableUnit(module, expected, self._source.load, self._pool, self._cast, sizes.__contains__)
-        wanted = tuple(
-            Wanted(weight.name, infos[weight.name], self._cast(infos[weight.name].dtype)) for weight in unit.weights
-        )
-        per_reader = sum(weight.nbytes for weight in wanted) // self.options.num_readers
-        chunk = round_up(min(max(per_reader, _SMALLEST_CHUNK), _CHUNK_BYTES), PAGE)
-        return PlannedUnit(wanted, _settings(self._direct, chunk), self._source)
-
-    def _cast(self, stored: torch.dtype) -> torch.dtype:
-        return bound_dtype(stored, self._dtype)
-
-    def _cut_experts(self, plans: Sequence[ExpertPlan]) -> dict[str, Experts]:
-        """Give each expert a unit. Those at work, by the names of their modules."""
-        found = {}
-        for plan in plans:
-            found[plan.module] = Experts(plan, len(self.units))
-            self.units += plan.units()
-        return found
-
-    def _least_bytes(self, readers: Sequence[UnitReader], plans: Sequence[ExpertPlan]) -> int:
-        """The smallest budget that works. Raises BudgetTooSmallError if there is less."""
-        sizes = [reader.nbytes for reader in readers]
-        expert_bytes = [max(sizes[unit] for unit in self.experts[plan.module].units) for plan in plans]
-        least = smallest_budget([*self.units, *(plan.one_at_a_time() for plan in plans)], [*sizes, *expert_bytes])
+    def _least_bytes(self, sizes: Sequence[int]) -> int:
+        """The smallest budget that works, given the bytes of each unit. Raises BudgetTooSmallError if there is less."""
+        least = self.layout.least_bytes(sizes)
         needed = least + self.budget.pinned_bytes
         if needed > self.budget.limit_bytes:
-            candidates = (*range(self._hooked), *range(self._pieces, len(self.units)))
-            largest = max(candidates, key=lambda index: readers[index].nbytes)
-            size = format_nbytes(readers[largest].nbytes)
+            largest = max(self.layout.in_parts(), key=sizes.__getitem__)
             raise BudgetTooSmallError(
                 f"the budget of {self.budget.limit_bytes} bytes ({format_nbytes(self.budget.limit_bytes)}) cannot hold "
-                f"what one step of the model needs at once; its largest unit has {size}",
+                f"what one step of the model needs at once; its largest unit has {format_nbytes(sizes[largest])}",
                 module=self.units[largest].name,
                 weight=max(self.units[largest].weights, key=lambda weight: weight.numel).name,
                 cure=f"The smallest memory_budget that works is {needed} bytes ({format_nbytes(needed)})",
             )
         return least
 
-    def _tables(
-        self,
-        tables: Sequence[Weight],
-        infos: Mapping[str, WeightInfo],
-        readers: Sequence[UnitReader],
-        least_bytes: int,
-    ) -> dict[str, RowTable]:
+    def _tables(self, readers: Sequence[UnitReader], least_bytes: int) -> dict[str, RowTable]:
         """The tables that are only looked up, each with its part of the budget for hot rows."""
-        places = [table_place(table, infos[table.name], self._cast(infos[table.name].dtype)) for table in tables]
-        parts = (*readers[: self._hooked + len(tables)], *readers[self._pieces :])
-        everything = None if self.options.shares else sum(reader.nbytes for reader in parts)
+        infos, stock = self.stock.infos, self.stock
+        places = [table_place(table, infos[table.name], stock.dtype(table)) for table in self.layout.tables]
         sizes = {place.weight: place.nbytes for place in places}
+        everything = sum(readers[unit].nbytes for unit in self.layout.in_parts()) + sum(
+            reader.nbytes for unit, reader in zip(self.units, readers, strict=True) if unit.name in sizes
+        )
         free_bytes = self.budget.limit_bytes - self.budget.pinned_bytes
-        shares = cache_shares(sizes, free_bytes, least_bytes, everything)
+        shares = cache_shares(sizes, free_bytes, least_bytes, None if self.options.shares else everything)
         return {place.weight: RowTable(place, self._pool, shares[place.weight]) for place in places}
 
-    def _make_account(self, least_bytes: int, most_bytes: int) -> Account:
+    def _make_account(self, least_bytes: int) -> Account:
         account = Account(
             self.binder,
-            FileTable(direct=self._direct, scratch_bytes=_SCRATCH_BYTES),
+            FileTable(direct=self._direct, scratch_bytes=SCRATCH_BYTES),
             self.options.depth,
             least_bytes,
-            most_bytes,
+            self.layout.most_bytes,
             sum(table.cache_bytes for table in self.tables.values()),
-            self._ahead,
+            self.layout.ahead,
             was_written=_WarnOnce(self.binder, self.units),
             is_held=self.binder.is_held,
             on_closed=functools.partial(_let_go, self.binder, self.tables.values(), self._source),
@@ -324,40 +254,27 @@ class Runtime:
             table.busy = account.busy
         return account
 
-    def _bind(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> Binder:
+    def _bind(self, model: nn.Module) -> Binder:
         def described(weight: Weight) -> tuple[torch.dtype, tuple[int, ...] | None]:
-            stride = infos[weight.name].stride if weight.name in infos else None
-            return self._cast(self._stored_dtype(weight, infos)), stride
+            return self.stock.dtype(weight), self.stock.stride(weight)
 
         sliced = {name: weight for experts in self.experts.values() for name, weight in experts.weights.items()}
         return Binder(model, [unit.weights for unit in self.units], described, {**self.tables, **sliced})
 
-    def _hook(self, model: nn.Module, infos: Mapping[str, WeightInfo]) -> None:
+    def _hook(self, model: nn.Module) -> None:
         modules = {name: module for name, module, _ in walk(model)}
-        for name, places in self.hooked_modules().items():
+        for name, places in self.layout.hooked_modules().items():
             ids = [self.account.units[place].id for place in places]
             hook_unit(modules[name], ids, self.driver)
         for name, experts in self.experts.items():
             experts.announce_to(self._want)
             hook_experts(modules[name], experts)
         hook_pass(model, self.driver, self.account)
-        dtypes = {self._cast(self._stored_dtype(weight, infos)) for unit in self.units for weight in unit.weights}
-        owners = {"", *(use.module for unit in self.units for weight in unit.weights for use in weight.uses)}
-        guard((modules[name] for name in owners), dtypes)
-        self._state = MappedState(
-            self._weights,
-            infos,
-            lambda weight: self._cast(self._stored_dtype(weight, infos)),
-            self.binder.resident,
-            self.binder.changed,
-        )
+        owners = {"", *(use.module for weight in self.stock.weights for use in weight.uses)}
+        guard((modules[name] for name in owners), {self.stock.dtype(weight) for weight in self.stock.weights})
+        self._state = MappedState(self.layout, self.stock, self.binder)
         model.register_state_dict_post_hook(self._state)  # type: ignore[no-untyped-call]
         DeepCopy(model, self.binder.skeleton, self._stream_copy)
-
-    def _weights(self) -> Iterator[tuple[int, Weight]]:
-        """Those that modules have, with their units' places."""
-        for place, unit in enumerate(self.units[: self._pieces]):
-            yield from ((place, weight) for weight in unit.weights)
 
     def _expect_saved_order(self, model: nn.Module) -> None:
         """Use the order that was saved beside the checkpoint, if there is one and it fits."""
@@ -413,13 +330,3 @@ def _let_go(binder: Binder, tables: Collection[RowTable], source: WeightsLoader 
     for table in tables:
         table.close()
     source.close()
-
-
-@functools.cache
-def _settings(direct: bool, chunk_bytes: int) -> ReadSettings:
-    return ReadSettings(direct=direct, chunk_bytes=chunk_bytes, scratch_bytes=_SCRATCH_BYTES)
-
-
-def _with_slack(weight_bytes: int, weights: int) -> int:
-    """What all weights need with their alignment, so that a budget for everything holds everything."""
-    return weight_bytes + weights * 3 * PAGE

@@ -1,0 +1,71 @@
+"""The weights of one model as they are bound: what the model says of them and what the checkpoint says, in one place.
+
+Knows names, shapes, dtypes and places. Reads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from odewei.loaders.base import WeightInfo, WeightsLoader
+from odewei.loaders.plain_callable import CallableLoader
+from odewei.matching import bound_dtype, init_missing, match_weights
+from odewei.survey import Weight
+
+__all__ = ["Stock"]
+
+
+class Stock:
+    """``weights`` in definition order; ``infos`` by their names, empty where a function delivers them; ``sizes`` their
+    bytes when bound.
+    """
+
+    def __init__(self, weights: Sequence[Weight], infos: Mapping[str, WeightInfo], wanted: torch.dtype | None) -> None:
+        """``wanted``: the dtype to cast to, None to bind what is stored."""
+        self.weights = weights
+        self.infos = infos
+        self._wanted = wanted
+        self.sizes = {weight.name: weight.numel * self.dtype(weight).itemsize for weight in weights}
+
+    @classmethod
+    def match(
+        cls,
+        model: nn.Module,
+        weights: Sequence[Weight],
+        source: WeightsLoader | CallableLoader,
+        wanted: torch.dtype | None,
+        on_missing: str,
+    ) -> Stock:
+        """What ``source`` has of the weights; the others are initialised, for good, or an error (see ``matching``)."""
+        if isinstance(source, CallableLoader):
+            return cls(weights, {}, wanted)
+        matched = match_weights(weights, source, on_missing)
+        if matched.missing:
+            init_missing(model, matched.missing, wanted)
+        absent = {weight.name for weight in matched.missing}
+        return cls([weight for weight in weights if weight.name not in absent], matched.infos, wanted)
+
+    @property
+    def nbytes(self) -> int:
+        """All of them, bound."""
+        return sum(self.sizes.values())
+
+    def cast(self, stored: torch.dtype) -> torch.dtype:
+        """The dtype that a stored one is bound in."""
+        return bound_dtype(stored, self._wanted)
+
+    def dtype(self, weight: Weight) -> torch.dtype:
+        """The dtype that a weight is bound in, as far as is known before it is loaded."""
+        info = self.infos.get(weight.name)
+        return self.cast(weight.dtype if info is None else info.dtype)
+
+    def stride(self, weight: Weight) -> tuple[int, ...] | None:
+        """Its strides when bound; None: contiguous."""
+        info = self.infos.get(weight.name)
+        return None if info is None else info.stride
+
+    def __repr__(self) -> str:
+        return f"<Stock of {len(self.weights)} weights, {self.nbytes} bytes>"
