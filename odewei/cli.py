@@ -47,6 +47,7 @@ def group() -> click.Group:
         """Run PyTorch models whose weights do not fit in memory."""
 
     odewei.add_command(_demo())
+    odewei.add_command(_align())
     return odewei
 
 
@@ -87,6 +88,25 @@ def _demo() -> click.Command:
         context.exit(0 if equal else 1)
 
     return demo
+
+
+def _align() -> click.Command:
+    import click
+
+    @click.command()
+    @click.argument("source", type=click.Path(exists=True, path_type=Path))
+    @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+    def align(source: Path, folder: Path) -> None:
+        """Copy a safetensors checkpoint so that it is read with less work.
+
+        SOURCE is a file, an index or a folder; the copy in FOLDER is an ordinary checkpoint whose data lies at pages.
+        """
+        with _mistakes_in_one_line():
+            from odewei.align import align as write
+
+            write(source, folder, on_file=lambda file: click.echo(f"wrote {file}"))
+
+    return align
 
 
 def _nbytes(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
