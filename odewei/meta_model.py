@@ -6,7 +6,9 @@ calls go to the meta device and small ones stay real; parameters become meta whe
 
 That is a guess about which tensors are parameters-to-be. Where it was wrong (a large mask came out meta, or the
 function computed with a tensor that has no values) the model is built once more with every factory call real: then
-only parameters become meta, one at a time, when they are registered.
+only parameters become meta, one at a time, when they are registered. A function that computes with the values of its
+parameters (orthogonal parametrizations, the older norms) is called a third time, and its parameters become meta only
+when it has returned: it has no other way to be built, and its weights take memory for that moment.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from odewei.errors import ModelError
+from odewei.scheduler.machine import available_bytes
 from odewei.survey import walk
 
 __all__ = ["build_without_weights", "meta_tensors"]
@@ -63,12 +66,23 @@ def build_without_weights(model_fn: Callable[[], nn.Module]) -> nn.Module:
     redirect = _LargeFactoriesToMeta()
     try:
         model = _build(model_fn, redirect)
-        if not redirect.redirected or not any(meta_tensors(model)):
+        if not redirect.redirected and not any(_made_of_parameters(model)):
             return model
-    except Exception:
-        if not redirect.redirected:
+        if not any(meta_tensors(model)):
+            return model
+    except Exception as error:
+        if not redirect.redirected and not _misses_values(error):
             raise
-    return _build(model_fn, None)  # an error of the function itself comes again, as itself
+    if redirect.redirected:
+        try:
+            model = _build(model_fn, None)  # an error of the function itself comes again, as itself
+        except Exception as error:
+            if not _misses_values(error):
+                raise
+        else:
+            if not any(_made_of_parameters(model)):
+                return model
+    return _build_with_values(model_fn)
 
 
 def meta_tensors(model: nn.Module) -> Iterator[str]:
@@ -82,6 +96,21 @@ def meta_tensors(model: nn.Module) -> Iterator[str]:
                 values = value.values() if isinstance(value, dict) else value
             if any(map(_is_meta, values)):
                 yield f"{prefix}.{name}" if prefix else name
+
+
+def _made_of_parameters(model: nn.Module) -> Iterator[str]:
+    """Names of tensors without values that no checkpoint will have: they were computed from parameters."""
+    stored = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module, _ in walk(model)
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }
+    return (name for name in meta_tensors(model) if name not in stored)
+
+
+def _misses_values(error: Exception) -> bool:
+    """Whether torch raised it because a tensor was on the meta device."""
+    return isinstance(error, RuntimeError) and "meta" in str(error)
 
 
 _MAY_HOLD_TENSORS = (torch.Tensor, list, tuple, dict)
@@ -104,6 +133,33 @@ def _build(model_fn: Callable[[], nn.Module], redirect: TorchFunctionMode | None
             f"model_fn returned {type(model).__name__}, not a torch.nn.Module",
             cure="Pass a function that builds and returns the model, for example lambda: MyModel(config)",
         )
+    return model
+
+
+def _build_with_values(model_fn: Callable[[], nn.Module]) -> nn.Module:
+    """Build with real parameters, which become meta at the end. Raises ModelError if there is no memory for them."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    left_bytes = available_bytes() // 2
+
+    def note(param: nn.Parameter) -> nn.Parameter:
+        nonlocal left_bytes
+        if param not in made:
+            made[param] = _as_meta(param)
+            left_bytes -= param.nbytes
+            if left_bytes < 0:
+                raise ModelError(
+                    "the model computes with the values of its parameters while it is built, and there is no memory "
+                    "for all of them",
+                    cure="Have model_fn add what computes with them (parametrizations, norms) to smaller modules only",
+                )
+        return param
+
+    with _registering(note):
+        model = model_fn()
+    for _, module, _ in walk(model):
+        for name, param in module._parameters.items():
+            if param is not None:
+                module._parameters[name] = made.get(param, param)
     return model
 
 
@@ -161,20 +217,31 @@ def _parameters_become_meta() -> Iterator[None]:
     """While inside, this thread's modules register parameters as meta tensors. One real tensor gives one meta
     parameter.
     """
-    thread = threading.current_thread()
-    register = nn.Module.register_parameter
     made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def register_as_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    def as_meta(param: nn.Parameter) -> nn.Parameter:
+        if param not in made:
+            with torch.no_grad():
+                made[param] = _as_meta(param)
+        return made[param]  # type: ignore[no-any-return]
+
+    with _registering(as_meta):
+        yield
+
+
+@contextmanager
+def _registering(change: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
+    """While inside, this thread's modules register what ``change`` makes of real parameters."""
+    thread = threading.current_thread()
+    register = nn.Module.register_parameter
+
+    def changed(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not param.is_meta and threading.current_thread() is thread and _is_plain(param):
-            if param not in made:
-                with torch.no_grad():
-                    made[param] = _as_meta(param)
-            param = made[param]
+            param = change(param)
         register(module, name, param)
 
     with _building:
-        nn.Module.register_parameter = register_as_meta  # type: ignore[method-assign, assignment]
+        nn.Module.register_parameter = changed  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
