@@ -213,7 +213,7 @@ class Routed(nn.Module):
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_any_order(depth: int | str, tmp_path: Path) -> None:
-    """Layers repeated, skipped, reversed or drawn anew each pass: right, within the budget, and counted as mispredicted."""
+    """Layers repeated, skipped, reversed or drawn anew each pass: right, within the budget, and mispredicted."""
     draw = torch.Generator().manual_seed(0)
     orders = [[0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1, 0], [0, 0, 0, 5, 5, 0], [3], [1, 3, 5, 7, 6, 4, 2, 0]]
     orders += [torch.randint(8, (9,), generator=draw).tolist() for _ in range(20)]

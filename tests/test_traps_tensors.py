@@ -88,10 +88,13 @@ def test_every_kind(
     """0-dim, empty and odd tensors of every dtype have their values, at multiples of 64 bytes; dtype= casts floats only."""
     state = _random_bytes(Assorted())
     expected = [one.to(dtype) if dtype is not None and one.dtype in CAST else one for one in state.values()]
-    options = {"memory_budget": 4096, "prefetch_depth": depth, "dtype": dtype, "granularity": "leaf"}
+    options = {"memory_budget": 1024, "prefetch_depth": depth, "dtype": dtype, "granularity": "leaf"}
     with zoo.streamed(Assorted, source(state, tmp_path), **options) as streamed:
         for _ in range(3):
             assert zoo.same_bits(streamed(), expected)
+        report = odewei.report(streamed)
+        assert report.bytes_read > 2 * report.weight_bytes
+        assert report.peak_bytes <= report.budget_bytes
         for part in streamed.parts:
             for index in range(len(SHAPES)):
                 found = getattr(part, f"p{index}")
@@ -99,9 +102,6 @@ def test_every_kind(
                 assert type(found) is nn.Parameter
                 assert not found.requires_grad
         assert [one.dtype for one in streamed.parameters()] == [one.dtype for one in expected]
-        report = odewei.report(streamed)
-        assert report.evictions > 20
-        assert report.peak_bytes <= report.budget_bytes
 
 
 class Packed(nn.Module):
