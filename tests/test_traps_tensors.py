@@ -85,7 +85,7 @@ def test_every_kind(
     dtype: torch.dtype | None,
     tmp_path: Path,
 ) -> None:
-    """0-dim, empty and odd tensors of every dtype have their values, at multiples of 64 bytes; dtype= casts floats only."""
+    """0-dim, empty and odd tensors of every dtype come out, at multiples of 64 bytes; dtype= casts floats only."""
     state = _random_bytes(Assorted())
     expected = [one.to(dtype) if dtype is not None and one.dtype in CAST else one for one in state.values()]
     options = {"memory_budget": 1024, "prefetch_depth": depth, "dtype": dtype, "granularity": "leaf"}
@@ -156,7 +156,7 @@ class Strided(nn.Module):
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("source", SOURCES[1:3])
 def test_strides(source: Callable[[dict[str, torch.Tensor], Path], object], depth: int | str, tmp_path: Path) -> None:
-    """A weight has the strides that it was saved with, as load_state_dict(assign=True) gives it, and so the same bits."""
+    """A weight has the strides that it was saved with, as load_state_dict(assign=True) gives it."""
     model = zoo.resident(Strided)
     state = {}
     for name, tensor in model.state_dict().items():
