@@ -76,5 +76,5 @@ def assert_same(model: nn.Module, streamed: nn.Module, *calls: Sequence[torch.Te
 def assert_streams(streamed: nn.Module) -> None:
     """It did read weights again, and never took more than its budget."""
     report = odewei.report(streamed)
-    assert report.bytes_read > report.weight_bytes > report.budget_bytes >= report.peak_bytes
-    assert report.overdrafts == 0
+    assert report.bytes_read > report.weight_bytes > report.budget_bytes >= report.peak_bytes, report
+    assert report.overdrafts == 0, report
