@@ -1,0 +1,193 @@
+"""Several callers at once, and callers that stop half way: right, no hang, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import odewei
+from odewei.runtime import runtime_of
+from tests import models as zoo
+from tests.traps import DEPTHS, Blocks, assert_same, assert_streams, linears, rows, twins
+
+
+def _leases(streamed: nn.Module) -> int:
+    return runtime_of(streamed).driver.ledger.leases()
+
+
+def _bytes_of(streamed: nn.Module, work: Callable[[], object]) -> int:
+    before = odewei.report(streamed).bytes_read
+    work()
+    return odewei.report(streamed).bytes_read - before
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_four_threads_share_the_stream(depth: int | str, tmp_path: Path) -> None:
+    """200 passes by four threads are right and read less than half way from the bytes of 50 passes to those of 200."""
+    with twins(Blocks, tmp_path, depth, fraction=0.5) as (model, streamed), torch.no_grad():
+        streamed(rows(0))  # the order is known now
+        expected = [model(rows(seed)) for seed in range(8)]
+        together = threading.Barrier(4)
+        right: list[bool] = []
+
+        def work(thread: int) -> None:
+            with torch.no_grad():
+                for index in range(50):
+                    together.wait(timeout=60)
+                    seed = (thread + 3 * index) % 8
+                    right.append(torch.equal(streamed(rows(seed)), expected[seed]))
+
+        def at_once() -> None:
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(work, range(4)))
+
+        alone = _bytes_of(streamed, lambda: [streamed(rows(0)) for _ in range(50)])
+        shared = _bytes_of(streamed, at_once)
+        assert right == [True] * 200
+        assert alone > 0
+        assert shared < 2.5 * alone, (shared, alone)
+        assert _leases(streamed) == 0
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_tasks_in_threads(depth: int | str, tmp_path: Path) -> None:
+    """Forwards that asyncio runs in threads, from tasks that wait for each other, are right."""
+    with twins(Blocks, tmp_path, depth) as (model, streamed):
+
+        def call(seed: int) -> torch.Tensor:
+            with torch.inference_mode():
+                return streamed(rows(seed))
+
+        async def several(start: int) -> list[torch.Tensor]:
+            return [await asyncio.to_thread(call, start + step) for step in range(4)]
+
+        async def everything() -> list[list[torch.Tensor]]:
+            return await asyncio.gather(*(several(4 * task) for task in range(6)))
+
+        found = [one for task in asyncio.run(everything()) for one in task]
+        assert zoo.same_bits(found, [model(rows(seed)) for seed in range(24)])
+        assert _leases(streamed) == 0
+
+
+class Steps(nn.Module):
+    """Runs its layers one by one and shows what it has in between, within its forward and as a generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = linears()
+
+    def steps(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        for layer in self.layers:
+            hidden = torch.tanh(nn.functional.linear(layer(hidden), layer.weight))
+            yield hidden
+
+    def forward(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        return self.steps(hidden)
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped", "thrown into", "kept"])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_generator_that_is_left_half_way(how: str, depth: int | str, tmp_path: Path) -> None:
+    """A generator over layers that ends early, or never, holds no lease, and other passes are right meanwhile."""
+    with twins(Steps, tmp_path, depth) as (model, streamed), torch.no_grad():
+        kept = []
+        for steps in (3, 1, 7):
+            running = streamed(rows(steps))
+            expected = list(model(rows(steps)))
+            assert zoo.same_bits([next(running) for _ in range(steps)], expected[:steps])
+            assert _leases(streamed) == 0
+            assert zoo.same_bits(list(streamed(rows(9))), list(model(rows(9))))
+            if how == "closed":
+                running.close()
+            elif how == "thrown into":
+                with pytest.raises(KeyboardInterrupt):
+                    running.throw(KeyboardInterrupt)
+            elif how == "kept":
+                kept.append((running, expected[steps:]))
+            del running
+            assert zoo.same_bits(list(streamed(rows(10))), list(model(rows(10))))
+            assert _leases(streamed) == 0
+        for running, rest in reversed(kept):
+            assert zoo.same_bits(list(running), rest)
+
+
+class Fails(nn.Module):
+    """Nested blocks of which one does what it is told in the middle of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.blocks, self.after = Blocks(), nn.ModuleList([Blocks()]), linears(2)
+        self.act: Callable[[], None] | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = self.before(hidden)
+        for block in self.blocks[0].blocks:
+            hidden = block(hidden)
+            if self.act is not None and block is self.blocks[0].blocks[4]:
+                self.act()
+        return self.after[1](self.after[0](hidden))
+
+
+def _raise(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+ENDS = [ValueError("no"), KeyboardInterrupt(), SystemExit(3), GeneratorExit(), asyncio.CancelledError(), MemoryError()]
+
+
+@pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_pass_that_ends_in_the_middle(error: BaseException, depth: int | str, tmp_path: Path) -> None:
+    """Whatever ends a pass, in this thread or in another, comes out as it is; later passes are right."""
+    with twins(Fails, tmp_path, depth) as (model, streamed):
+        assert_same(model, streamed, [rows(1)])
+        caught: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                streamed(rows(2))
+            except BaseException as raised:
+                caught.append(raised)
+
+        streamed.act = _raise(error)
+        call()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        assert caught == [error, error]
+        streamed.act = None
+        caught.clear()
+        error.__traceback__ = None  # it holds the frames of the pass
+        gc.collect()
+        assert_same(model, streamed, [rows(3)], [rows(1)])
+        assert _leases(streamed) == 0
+        assert_streams(streamed)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_pass_within_a_pass(depth: int | str, tmp_path: Path) -> None:
+    """A forward that calls the whole model again, or another thread that does and is waited for, is right."""
+    with twins(Fails, tmp_path, depth) as (model, streamed), torch.no_grad():
+        inner: list[torch.Tensor] = []
+
+        def again() -> None:
+            streamed.act = None
+            with ThreadPoolExecutor(1) as pool, torch.no_grad():
+                inner.append(pool.submit(streamed, rows(5)).result(timeout=60))
+                inner.append(streamed(rows(6)))
+
+        streamed.act = again
+        outer = streamed(rows(4))
+        assert zoo.same_bits([outer, *inner], [model(rows(seed)) for seed in (4, 5, 6)])
+        assert _leases(streamed) == 0
