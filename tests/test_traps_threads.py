@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -169,7 +168,6 @@ def test_a_pass_that_ends_in_the_middle(error: BaseException, depth: int | str, 
         streamed.act = None
         caught.clear()
         error.__traceback__ = None  # it holds the frames of the pass
-        gc.collect()
         assert_same(model, streamed, [rows(3)], [rows(1)])
         assert _leases(streamed) == 0
         assert_streams(streamed)
