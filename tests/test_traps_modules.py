@@ -128,7 +128,7 @@ class Recurrent(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden)[0]
         hidden = self.cells[2](self.cells[1](self.cells[0](hidden[:, 0]))[0])
-        return hidden + sum(weight.sum() for weight in self.lstm.all_weights[1])
+        return hidden + self.lstm.weight_hh_l1_reverse.sum()
 
 
 class Symmetric(nn.Module):

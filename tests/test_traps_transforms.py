@@ -132,8 +132,8 @@ def test_jit_trace(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_trace_of_the_module(tmp_path: Path) -> None:
-    """Tracing the module itself is right for other inputs, and leaves a right model."""
+    """Tracing the module itself is right, too; torch's comparison of two traces may refuse, as weights come and go."""
     with twins(Blocks, tmp_path) as (model, streamed), torch.no_grad():
-        traced = torch.jit.trace(streamed, (rows(1),))
+        traced = torch.jit.trace(streamed, (rows(1),), check_trace=False)
         assert torch.equal(traced(rows(2)), model(rows(2)))
         assert torch.equal(streamed(rows(3)), model(rows(3)))
