@@ -135,13 +135,6 @@ class Fails(nn.Module):
         return self.after[1](self.after[0](hidden))
 
 
-def _raise(error: BaseException) -> Callable[[], None]:
-    def act() -> None:
-        raise error
-
-    return act
-
-
 ENDS = [ValueError("no"), KeyboardInterrupt(), SystemExit(3), GeneratorExit(), asyncio.CancelledError(), MemoryError()]
 
 
@@ -149,26 +142,36 @@ ENDS = [ValueError("no"), KeyboardInterrupt(), SystemExit(3), GeneratorExit(), a
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_a_pass_that_ends_in_the_middle(error: BaseException, depth: int | str, tmp_path: Path) -> None:
     """Whatever ends a pass, in this thread or in another, comes out as it is; later passes are right."""
-    with twins(Fails, tmp_path, depth) as (model, streamed):
+    with twins(Fails, tmp_path, depth, granularity="leaf") as (model, streamed):
         assert_same(model, streamed, [rows(1)])
-        caught: list[BaseException] = []
+        caught: list[tuple[BaseException, int]] = []
+
+        def end(*_: object) -> None:
+            assert _leases(streamed) > 0
+            raise error
 
         def call() -> None:
             try:
                 streamed(rows(2))
             except BaseException as raised:
-                caught.append(raised)
+                caught.append((raised, _leases(streamed)))
 
-        streamed.act = _raise(error)
+        handle = streamed.blocks[0].blocks[4].up.register_forward_pre_hook(end)
         call()
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-        assert caught == [error, error]
-        streamed.act = None
-        caught.clear()
+        handle.remove()
+        assert caught[0][0] is error
+        assert not isinstance(error, Exception) or caught[0][1] == 0, "torch has called the hooks"
         error.__traceback__ = None  # it holds the frames of the pass
-        assert_same(model, streamed, [rows(3)], [rows(1)])
+        assert_same(model, streamed, [rows(3)])
+        assert _leases(streamed) == 0
+        handle = streamed.blocks[0].blocks[4].up.register_forward_pre_hook(end)
+        for work in (call, handle.remove, lambda: assert_same(model, streamed, [rows(3)], [rows(1)])):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            error.__traceback__ = None
+        assert caught[1][0] is error
+        assert_same(model, streamed, [rows(4)])
         assert _leases(streamed) == 0
         assert_streams(streamed)
 
