@@ -145,3 +145,29 @@ def test_nothing_is_filled_that_has_no_values() -> None:
     assert model.weight.is_meta
     assert filled[0] is model.weight
     assert torch.equal(model.table, torch.empty(8).uniform_())
+
+
+class _Rotation(nn.Module):
+    """Computes with the values of its parameter while it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
+        self.tied = nn.Linear(4, 4)
+        self.tied.bias = self.layer.bias
+
+
+def test_values_of_parameters_used_while_building() -> None:
+    """A function that needs its parameters' values gets them; when it has returned they are meta, and ties are kept."""
+    built = build_without_weights(_Rotation)
+    assert all(parameter.is_meta for parameter in built.parameters())
+    assert [name for name, _ in built.named_parameters()] == [name for name, _ in _Rotation().named_parameters()]
+    assert built.tied.bias is built.layer.bias
+    assert not list(meta_tensors(built))
+
+
+def test_values_of_parameters_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no memory for the values, building ends with an error before it takes it all."""
+    monkeypatch.setattr("odewei.meta_model.available_bytes", lambda: 100)
+    with pytest.raises(ModelError, match="no memory"):
+        build_without_weights(_Rotation)
