@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,12 @@ def test_compiled_blocks_are_compiled_once(backend: str, depth: int | str, tmp_p
     """Blocks are compiled in the first pass only, as many graphs as the resident's, while weights come and go."""
     with twins(Blocks, tmp_path, depth, granularity="block") as (model, streamed), torch.no_grad():
         assert _compiled(streamed, backend) == _compiled(model, backend)
+        gc.collect()  # the compiler leaves weights to the collector, which may exceed the budget meanwhile
         before = odewei.report(streamed)
         assert zoo.same_bits([streamed(rows(5))], [model(rows(5))])
         after = odewei.report(streamed)
         assert after.bytes_read - before.bytes_read > after.weight_bytes - after.budget_bytes > 0
-        assert after.overdrafts == before.overdrafts, "the first pass may exceed it: the compiler holds on to weights"
+        assert after.overdrafts == before.overdrafts
 
 
 @pytest.mark.xfail(strict=True, reason=COMPILER_GOES_IN)
