@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from odewei.copies import Skeleton
+from odewei.errors import ModelError
 from odewei.escapes import Escapes
 from odewei.looked_up import LookedUp
 from odewei.module_binding import ModuleBinding
@@ -25,6 +26,7 @@ from odewei.placeholder import Origin, Placeholder
 from odewei.scheduler.rows import RowTable
 from odewei.sliced import Sliced, SlicedWeight
 from odewei.survey import Weight, walk
+from odewei.uncompiled import uncompiled
 
 __all__ = ["Binder"]
 
@@ -64,7 +66,14 @@ class Binder:
                     made = self._placeholder(index, weight.name, weight.shape, *infos(weight))
                 for use in weight.uses:
                     placeholders.setdefault(use.module, {})[use.local_name] = made
+        originals = {
+            id(parameter): (parameter, made)
+            for name, module, _ in walk(model)
+            for local, made in placeholders.get(name, {}).items()
+            if (parameter := module._parameters[local]) is not None
+        }
         self._bindings = dict(self._take_over(model, placeholders))
+        _replace_kept_aside(originals)
 
     def _take_over(
         self, model: nn.Module, placeholders: Mapping[str, Mapping[str, Placeholder]]
@@ -199,6 +208,7 @@ class Binder:
         real = self.resident(unit, name)
         return parameter is real if real is not None else self._escapes.has(unit, name, parameter)
 
+    @uncompiled
     def load(self, unit: int, name: str) -> nn.Parameter:
         """An access outside of the hooks: wait for the unit, hand out the real parameter; the reference keeps it."""
         parameter, release = self.lease(unit, name, sys._getframe())
@@ -220,6 +230,31 @@ class Binder:
         return tensors[name], functools.partial(self._release, unit)
 
 
+def _replace_kept_aside(originals: dict[int, tuple[nn.Parameter, Placeholder]]) -> None:
+    """Parameters that the model was built with and that somebody still has (a list, a function) have no values, and
+    torch would compute with them all the same: they become placeholders, which load theirs.
+    """
+    while originals:
+        _, (parameter, placeholder) = originals.popitem()
+        if sys.getrefcount(parameter) <= _REFERENCES_OF_A_VARIABLE or not parameter.is_meta:
+            continue
+        try:
+            placeholder.replace(parameter)
+        except RuntimeError as error:
+            raise ModelError(
+                "somebody has a weak reference to a parameter of the model, so that it cannot get its values",
+                weight=placeholder.weight_name,
+                cure="Have model_fn take parameters aside by name, or by ordinary references",
+            ) from error
+
+
+def _references_of_a_variable() -> int:
+    """What getrefcount says of an object that one variable has: it depends on the interpreter."""
+    thing = object()
+    return sys.getrefcount(thing)
+
+
+_REFERENCES_OF_A_VARIABLE = _references_of_a_variable()
 _OWN_REFERENCES = 2  # of a storage: the parameter's, and that of whoever asks
 
 

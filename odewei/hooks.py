@@ -18,6 +18,7 @@ from odewei.copies import leave_out, refuse_copy
 from odewei.scheduler.drivers import Driver
 from odewei.scheduler.records import Account
 from odewei.sliced import Experts
+from odewei.uncompiled import uncompiled
 
 __all__ = ["hook_experts", "hook_pass", "hook_unit", "unhook"]
 
@@ -38,6 +39,7 @@ class _UnitHooks:
         self._units = tuple(units)
         self._driver = driver
 
+    @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
         frame = sys._getframe(1)  # the call of the module, which ends with its forward
         for entered, unit in enumerate(self._units):
@@ -48,6 +50,7 @@ class _UnitHooks:
                     self._driver.leave(earlier)
                 raise
 
+    @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         for unit in reversed(self._units):
             self._driver.leave(unit)
@@ -63,9 +66,11 @@ class _PassHooks:
         self._driver = driver
         self._account = account
 
+    @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
         self._driver.ledger.enter_pass(self._account, sys._getframe(1))
 
+    @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._driver.ledger.leave_pass(self._account)
 
@@ -79,9 +84,11 @@ class _ExpertHooks:
     def __init__(self, experts: Experts) -> None:
         self._experts = experts
 
+    @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
         self._experts.enter(sys._getframe(1))
 
+    @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._experts.leave()
 

@@ -51,8 +51,6 @@ ANSWERED = frozenset(function for name in _DESCRIPTION.split() for function in _
 class LookedUp(Placeholder):
     """Made with :meth:`of`."""
 
-    __slots__ = ("_resident", "_table")
-
     _table: RowTable
     _resident: Callable[[], nn.Parameter | None]
 

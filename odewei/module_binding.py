@@ -12,6 +12,7 @@ reference, or a load. The module is held weakly.
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,10 @@ class UnboundParameters(_Streamed):
     """Looking a streamed name up loads it; iterating yields placeholders."""
 
     def __getitem__(self, name: str) -> Any:
-        return self._binding.look_up(name, super().__getitem__(name))
+        kept = super().__getitem__(name)
+        if sys._getframe(2).f_code.co_name == "extra_repr":  # of the module: printing a model must not read it
+            return kept
+        return self._binding.look_up(name, kept)
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default  # noqa: SIM401  (dict.get would not look it up)

@@ -35,8 +35,6 @@ class Origin(Protocol):
 class Placeholder(torch.Tensor):
     """Made with :meth:`make`. ``weight_name`` is the checkpoint's name of the weight, ``unit`` the unit it is in."""
 
-    __slots__ = ("_origin", "unit", "weight_name")
-
     unit: int
     weight_name: str
     _origin: weakref.ref[Origin]
@@ -53,12 +51,13 @@ class Placeholder(torch.Tensor):
         origin: weakref.ref[Origin],
     ) -> Self:
         """``origin`` is asked when an operation needs the values."""
+        kind = _Compact if cls is Placeholder else cls
         with torch.inference_mode(False), torch.no_grad():
-            made: Self = torch.Tensor._make_wrapper_subclass(
-                cls, shape, strides=stride, dtype=dtype, device=torch.device("cpu"), requires_grad=False
+            made: Any = torch.Tensor._make_wrapper_subclass(
+                kind, shape, strides=stride, dtype=dtype, device=torch.device("cpu"), requires_grad=False
             )
         made.unit, made.weight_name, made._origin = unit, name, origin
-        return made
+        return made  # type: ignore[no-any-return]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -71,6 +70,16 @@ class Placeholder(torch.Tensor):
         if func is torch.ops.aten.detach.default:
             return _Detached.of(args[0])
         return with_real(func, args, kwargs)
+
+    def replace(self, parameter: torch.nn.Parameter) -> None:
+        """Make the object that is a parameter without values be like this one, for all who have it.
+
+        Raises RuntimeError if somebody has a weak reference to it.
+        """
+        made = _Aside.make(
+            self.unit, self.weight_name, tuple(self.shape), self.dtype, tuple(self.stride()), self._origin
+        )
+        torch.utils.swap_tensors(parameter, made)  # type: ignore[no-untyped-call]
 
     @property
     def is_detached(self) -> bool:
@@ -119,10 +128,18 @@ class Placeholder(torch.Tensor):
         return f"{type(self).__name__}({self.weight_name!r}, {tuple(self.shape)}, {self.dtype}, on demand)"
 
 
+class _Compact(Placeholder):
+    """Nearly all: without a dictionary each."""
+
+    __slots__ = ("_origin", "unit", "weight_name")
+
+
+class _Aside(Placeholder):
+    """What a parameter becomes that the model keeps somewhere else, too: laid out in memory as parameters are."""
+
+
 class _Detached(Placeholder):
     """What ``detach`` makes: not a parameter any more."""
-
-    __slots__ = ()
 
     _is_param = False
 

@@ -171,8 +171,6 @@ class SlicedWeight:
 class Sliced(Placeholder):
     """Made with :meth:`of`."""
 
-    __slots__ = ("_resident", "sliced")
-
     sliced: SlicedWeight
     _resident: Callable[[], nn.Parameter | None]
 

@@ -284,7 +284,6 @@ class Aside(nn.Module):
         return self.function(hidden) if self.function else hidden
 
 
-@pytest.mark.xfail(strict=True, reason="what was taken aside while building stays on the meta device")
 @pytest.mark.parametrize("where", ["list", "function"])
 def test_parameters_that_the_model_keeps_aside(where: str, tmp_path: Path) -> None:
     """A parameter that was taken aside while the model was built computes with its values, not with garbage."""

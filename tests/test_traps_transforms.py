@@ -31,10 +31,6 @@ def _compiled(model: nn.Module, backend: str) -> tuple[int, list[list[float]]]:
     return graphs, [one.flatten().tolist() for one in found]
 
 
-COMPILER_GOES_IN = "the compiler follows the hooks of odewei and traces its reading of files"
-
-
-@pytest.mark.xfail(strict=True, reason=COMPILER_GOES_IN)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_compiled_blocks_are_compiled_once(backend: str, depth: int | str, tmp_path: Path) -> None:
@@ -49,7 +45,6 @@ def test_compiled_blocks_are_compiled_once(backend: str, depth: int | str, tmp_p
         assert after.overdrafts == before.overdrafts
 
 
-@pytest.mark.xfail(strict=True, reason=COMPILER_GOES_IN)
 def test_a_compiled_model(tmp_path: Path) -> None:
     """The whole model compiled is right in the first pass and in later ones, with other shapes, too."""
     torch._dynamo.reset()

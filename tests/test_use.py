@@ -60,6 +60,16 @@ def test_iterating_parameters_loads_nothing(pair: tuple[nn.Module, nn.Module]) -
     assert odewei.report(streamed).accesses == before
 
 
+def test_printing_a_model_reads_nothing(pair: tuple[nn.Module, nn.Module]) -> None:
+    """Its text is the resident model's; modules look for their biases to say whether they have one."""
+    model, streamed = pair
+    runtime_of(streamed).account.window = Window(0, 0)
+    before = odewei.report(streamed).accesses
+    assert str(streamed) == str(model)
+    assert str(streamed.lm_head) == str(model.lm_head)
+    assert odewei.report(streamed).accesses == before
+
+
 def test_operations_on_iterated_parameters_load_them(pair: tuple[nn.Module, nn.Module]) -> None:
     """What named_parameters() and state_dict() hand out computes with the checkpoint's values."""
     model, streamed = pair
