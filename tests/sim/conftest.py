@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def _simulator() -> Simulator:
+def simulator() -> Simulator:
     compiler = find_compiler()
     if compiler is None:
         pytest.skip("the simulated accelerator needs a C++ compiler: g++, or what $CXX names")
@@ -31,10 +31,10 @@ def _simulator() -> Simulator:
 
 
 @pytest.fixture(params=SCHEDULES, ids=str)
-def sim(_simulator: Simulator, request: pytest.FixtureRequest) -> Iterator[Simulator]:
-    """The simulator, at its beginning, on one schedule. At the end, findings that the test did not take are failures."""
-    _simulator.reset(request.param)
-    yield _simulator
+def sim(simulator: Simulator, request: pytest.FixtureRequest) -> Iterator[Simulator]:
+    """The simulator at its beginning, on one schedule. What is found and not taken by the test makes it fail."""
+    simulator.reset(request.param)
+    yield simulator
     torch.accelerator.synchronize()
-    findings = _simulator.report()
+    findings = simulator.report()
     assert not findings, "\n".join(map(str, findings))

@@ -50,7 +50,7 @@ class Pipeline:
         self.copy.wait_stream(self.compute)  # which the slots were allocated on
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """The result, on the device. A layer is fetched before the one before it computes, if there is a second slot."""
+        """The result, on the device. With a second slot, a layer is fetched before the one before it computes."""
         ahead = 0 if self.slots is not None and len(self.slots) == 1 else 1
         fetched: deque[tuple[torch.Tensor, torch.Event]] = deque()
         for index in range(len(self.layers)):

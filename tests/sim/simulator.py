@@ -36,8 +36,9 @@ SCHEDULES = (Schedule("eager"), Schedule("lazy"), *(Schedule("random", seed) for
 class Finding:
     """Something that the library must not do.
 
-    ``kind`` is one of: "race" (two accesses to the same bytes in no order), "overwritten" (a pinned source changed before
-    the copy from it ran), "not pinned" (a copy that was asked not to block does), "asynchronous error" (work failed).
+    ``kind`` is one of: "race" (two accesses to the same bytes in no order), "overwritten" (a pinned source changed
+    before the copy from it ran), "not pinned" (a copy that was asked not to block does), "asynchronous error" (work
+    failed).
     """
 
     kind: str
@@ -51,7 +52,7 @@ class Clock:
     """Virtual microseconds since ``Simulator.reset``; exact, whatever the schedule. Each host thread has its own."""
 
     def costs(self, *, operator_us: float, bytes_per_us: float) -> None:
-        """What an operator takes, and how fast each direction of the link is. ``reset`` makes it 10 and 25,000 again."""
+        """What an operator takes, and how fast each direction of the link is: 10 and 25,000 after ``reset``."""
         _ops().costs(operator_us, bytes_per_us)
 
     def now(self) -> float:
@@ -93,14 +94,21 @@ class Simulator:
         return [Finding(kind, text) for kind, text in zip(flat[::2], flat[1::2], strict=True)]
 
     def counters(self) -> dict[str, int]:
-        """Counts since ``reset``: "submitted", "host waits: <for what>", "asynchronous bytes to the device", "device bytes",
-        "device bytes at most", "pinned bytes", "blocks used again"."""
+        """What there was since ``reset``, and what there is.
+
+        "submitted", "host waits: <for what>", "asynchronous bytes to the device", "device bytes", "device bytes at
+        most", "pinned bytes", "blocks used again", "findings".
+        """
         return dict(_ops().counters())
 
     def host_waits(self) -> dict[str, int]:
         """How often the host waited for the device, by what for: "event", "stream", "device", or an operator's name."""
         prefix = "host waits: "
         return {name.removeprefix(prefix): n for name, n in self.counters().items() if name.startswith(prefix)}
+
+    def set_device_memory(self, nbytes: int) -> None:
+        """How much memory the device has until ``reset``, which makes it 1 GiB."""
+        _ops().device_memory(nbytes)
 
     def host_access(self, buffer: Any, write: bool) -> None:
         """Say that the host reads or writes (all of) this pinned buffer: a tensor, or what has the buffer protocol.

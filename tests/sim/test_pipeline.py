@@ -50,30 +50,30 @@ def test_broken_rule_is_found(sim: Simulator, bug: Bug, slots: int | None) -> No
 
 
 @pytest.mark.parametrize(("bug", "slots"), [pair for pair in BUGS if pair[0] is not Bug.PAGEABLE], ids=str)
-def test_schedules_show_broken_rules_in_values(_simulator: Simulator, bug: Bug, slots: int | None) -> None:
+def test_schedules_show_broken_rules_in_values(simulator: Simulator, bug: Bug, slots: int | None) -> None:
     """Some schedule makes a broken rule a wrong output: work is late, memory is poisoned, the tests would see it."""
     wrong = 0
     for schedule in SCHEDULES:
-        _simulator.reset(schedule)
-        wrong += not torch.equal(_run(_simulator, slots, bug), EXPECTED)
+        simulator.reset(schedule)
+        wrong += not torch.equal(_run(simulator, slots, bug), EXPECTED)
     assert wrong > 0
     torch.accelerator.synchronize()
-    _simulator.report()
+    simulator.report()
 
 
-def test_overwritten_source_is_seen_without_the_hook(_simulator: Simulator) -> None:
+def test_overwritten_source_is_seen_without_the_hook(simulator: Simulator) -> None:
     """A pinned buffer that is refilled under a copy that has yet to run is seen by its hash."""
-    _simulator.reset(SCHEDULES[1])
+    simulator.reset(SCHEDULES[1])
     source = torch.ones(64, pin_memory=True)
-    on_device = source.to(_simulator.device, non_blocking=True)
+    on_device = source.to(simulator.device, non_blocking=True)
     source.fill_(2)
     torch.accelerator.synchronize()
-    assert [finding.kind for finding in _simulator.report()] == ["overwritten"]
+    assert [finding.kind for finding in simulator.report()] == ["overwritten"]
     del on_device
 
 
 class TestOverlap:
-    """The virtual clock says exactly what overlaps, whatever the schedule. A copy takes 30 µs, a layer computes for 20."""
+    """The virtual clock says exactly what overlaps, on every schedule. A copy takes 30 µs, a layer computes for 20."""
 
     def _elapsed(self, sim: Simulator, slots: int) -> float:
         with torch.no_grad():

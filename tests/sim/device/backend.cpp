@@ -25,8 +25,12 @@ void free_memory(void* begin) {
   simulator().free(begin);
 }
 
+int64_t free_bytes() { return simulator().device_memory_bytes - simulator().memory.device_bytes; }
+
 at::DataPtr allocate(size_t nbytes, Kind kind, Device device) {
   Lock lock;
+  TORCH_CHECK_WITH(OutOfMemoryError, kind != Kind::device || static_cast<int64_t>(nbytes) <= free_bytes(),
+                   "the simulated device is out of memory: ", nbytes, " bytes are wanted, ", free_bytes(), " are free");
   void* begin = simulator().allocate(nbytes, kind, current_stream());
   return {begin, begin, &free_memory, device};
 }
@@ -49,6 +53,10 @@ struct DeviceAllocator final : c10::DeviceAllocator {
     stats.allocated_bytes[0].current = simulator().memory.device_bytes;
     stats.allocated_bytes[0].peak = simulator().memory.device_peak_bytes;
     return stats;
+  }
+  std::pair<size_t, size_t> getMemoryInfo(DeviceIndex) override {  // free, total
+    Lock lock;
+    return {static_cast<size_t>(free_bytes()), static_cast<size_t>(simulator().device_memory_bytes)};
   }
   void resetAccumulatedStats(DeviceIndex) override {}
   void resetPeakStats(DeviceIndex) override {

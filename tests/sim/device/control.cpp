@@ -59,6 +59,11 @@ void host_unregister(int64_t address) {
   simulator().unregister_host(pointer(address));
 }
 
+void device_memory(int64_t nbytes) {
+  Lock lock;
+  simulator().device_memory_bytes = nbytes;
+}
+
 // ---- the virtual clock, in microseconds
 
 void costs(double operator_us, double bytes_per_us) {
@@ -88,6 +93,7 @@ TORCH_LIBRARY(odewei_sim, library) {
   library.def("host_access", &host_access);
   library.def("host_register", &host_register);
   library.def("host_unregister", &host_unregister);
+  library.def("device_memory", &device_memory);
   library.def("costs", &costs);
   library.def("host_us", &host_us);
   library.def("set_host_us", &set_host_us);

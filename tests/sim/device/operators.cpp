@@ -1,6 +1,7 @@
 // Every other operator: run by the CPU's kernel when the schedule says so, its output's shape found beforehand with
 // meta tensors. An operator whose output depends on values makes the host wait, as on a real device.
-#include <ATen/core/dispatch/Dispatcher.h>
+#include "operators.h"
+
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/resize_native.h>
 #include <torch/library.h>
@@ -204,6 +205,8 @@ Stack Call::run_now() {
   return results;
 }
 
+}  // namespace
+
 void run_operator(const c10::OperatorHandle& op, Stack* stack) {
   BelowEverything guard;
   const size_t count = op.schema().arguments().size();
@@ -215,19 +218,8 @@ void run_operator(const c10::OperatorHandle& op, Stack* stack) {
   for (IValue& result : call.waits() ? call.run_now() : call.queue()) stack->push_back(std::move(result));
 }
 
-// Torch has no kernel of its own for the convolution of a foreign device; the CPU's takes the same arguments.
-void run_convolution(const c10::OperatorHandle&, Stack* stack) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::convolution", "");
-  run_operator(op, stack);
-}
-
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&run_operator>());
 }
 
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
-  library.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&run_convolution>());
-}
-
-}  // namespace
 }  // namespace sim

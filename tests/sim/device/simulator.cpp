@@ -15,13 +15,15 @@ int& current_stream() {
 }
 
 Simulator::Simulator()
-    : streams([this](const std::string& error) { find("asynchronous error", error); }) {}
+    : streams([this](const std::string& error) { find("asynchronous error", error); }),
+      device_memory_bytes(kDefaultDeviceMemory) {}
 
 void Simulator::restart(Schedule schedule, uint32_t seed) {
   streams.restart(schedule, seed);
   memory.device_peak_bytes = memory.device_bytes;
   memory.reused_blocks = 0;
   costs = {};
+  device_memory_bytes = kDefaultDeviceMemory;
   counters.clear();
   take_findings();
 }

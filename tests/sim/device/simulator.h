@@ -19,6 +19,8 @@ struct Finding {
   std::string text;
 };
 
+constexpr int64_t kDefaultDeviceMemory = int64_t{1} << 30;
+
 struct Costs {
   double operator_us = 10;
   double bytes_per_us = 25'000;  // of a link: 25 GB/s
@@ -54,6 +56,7 @@ class Simulator {
   Streams streams;
   Memory memory;
   Costs costs;
+  int64_t device_memory_bytes;  // how much the device has
   std::map<std::string, int64_t> counters;
 
  private:

@@ -1,4 +1,4 @@
-// The cells that torch fuses on every accelerator, and that the CPU has no kernel for: put together from operators.
+// What accelerators have and the CPU has no kernel for, put together from what it has.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/sigmoid.h>
@@ -6,6 +6,8 @@
 #include <torch/library.h>
 
 #include <tuple>
+
+#include "operators.h"
 
 namespace sim {
 namespace {
@@ -32,7 +34,25 @@ std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& input, const at::T
   return {fresh + update * (state - fresh), at::cat(std::vector<at::Tensor>{reset, update, fresh}, 1)};
 }
 
+// Torch asks foreign devices for a kernel of this name; the CPU's convolution takes the same arguments.
+void convolution(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::convolution", "");
+  run_operator(op, stack);
+}
+
+// Of whole numbers, as transformers counts the tokens of each expert on an accelerator.
+void histogram(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  c10::IValue& input = *(stack->end() - static_cast<int64_t>(op.schema().arguments().size()));
+  const auto dtype = input.toTensor().scalar_type();
+  const bool whole = c10::isIntegralType(dtype, /*includeBool=*/false);
+  if (whole) input = input.toTensor().to(at::kDouble);
+  run_operator(op, stack);
+  if (whole) stack->back() = stack->back().toTensor().to(dtype);
+}
+
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  library.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
+  library.impl("histc", torch::CppFunction::makeFromBoxedFunction<&histogram>());
   library.impl("_thnn_fused_lstm_cell", &lstm_cell);
   library.impl("_thnn_fused_gru_cell", &gru_cell);
 }
