@@ -159,6 +159,7 @@ def load(compiler: str) -> Simulator:
     torch.ops.load_library(str(library))
     torch._register_device_module(DEVICE, _DeviceModule())
     torch.utils.generate_methods_for_privateuse1_backend()
+    torch.empty(1, pin_memory=True)  # before the first of its own torch calls no memory pinned
     return Simulator()
 
 
