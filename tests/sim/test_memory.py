@@ -177,6 +177,19 @@ def test_refilling_under_a_copy_is_a_race(sim: Simulator) -> None:
         del on_device
 
 
+def test_reading_at_the_same_time_is_no_race(sim: Simulator) -> None:
+    """Two streams and the host may read the same memory in any order."""
+    host = torch.ones(1000, pin_memory=True)
+    x = torch.ones(1000, device="sim")
+    torch.accelerator.synchronize()
+    for _ in range(2):
+        with torch.Stream(device="sim"):
+            host.to("sim", non_blocking=True)
+            x.add(1)
+    sim.host_access(host, False)
+    assert sim.report() == []
+
+
 def test_the_hook_wants_pinned_memory(sim: Simulator) -> None:
     """Memory that the device cannot see is not worth a word: saying so is a mistake in the caller."""
     with pytest.raises(RuntimeError, match="not pinned"):
@@ -188,9 +201,10 @@ def test_copies_that_block_are_found(simulator: Simulator) -> None:
     simulator.reset(Schedule("lazy"))
     x = torch.ones(64, 64)
     on_device = x.to("sim", non_blocking=True)
-    x.pin_memory().t().to("sim", non_blocking=True)  # not contiguous
+    x.pin_memory()[:, ::2].to("sim", non_blocking=True)  # not one piece
     x.copy_(on_device, non_blocking=True)
-    assert _kinds(simulator.report()) == ["not pinned"] * 2
+    assert _kinds(simulator.report()) == ["not pinned"] * 3
+    x.pin_memory().t().to("sim", non_blocking=True)
     on_device.to("cpu", non_blocking=True)  # torch makes pinned memory for this one
     torch.accelerator.synchronize()
     assert simulator.report() == []

@@ -110,6 +110,14 @@ def test_random_numbers_are_drawn_in_the_order_of_calls(sim: Simulator) -> None:
     assert same_bits([first.cpu(), second.cpu()], expected)
 
 
+def test_a_scalar_of_the_cpu_is_taken_as_it_is_at_the_call(sim: Simulator) -> None:
+    """Changing it afterwards does not change what was queued."""
+    scalar = torch.tensor(3.0)
+    product = torch.ones(4, device="sim") * scalar
+    scalar.fill_(9)
+    assert product.tolist() == [3, 3, 3, 3]
+
+
 def test_tensors_of_two_devices_are_refused(sim: Simulator) -> None:
     """As on CUDA, a tensor of the CPU that is more than a scalar does not mix with tensors of the device."""
     with pytest.raises(RuntimeError, match="xpected all tensors to be on the same device"):

@@ -54,6 +54,37 @@ def test_polling_ends(sim: Simulator) -> None:
     assert x.tolist() == [11] * 8
 
 
+def test_polling_runs_only_what_is_asked_for(simulator: Simulator) -> None:
+    """On the lazy schedule, other streams stay where they are while somebody polls."""
+    simulator.reset(LAZY)
+    asked, other = torch.Stream(device="sim"), torch.Stream(device="sim")
+    with other:
+        torch.ones(8, device="sim") + 1  # several tasks: one poll does not do them all
+    others = other.record_event()
+    with asked:
+        torch.ones(8, device="sim")
+    done = asked.record_event()
+    while not done.query():
+        pass
+    assert not others.query()
+
+
+def test_reset_is_a_new_beginning(simulator: Simulator) -> None:
+    """After ``reset`` nothing runs any more, nothing that happened before can race, and time and counters are zero."""
+    simulator.reset(LAZY)
+    host = torch.ones(8, pin_memory=True)
+    with torch.Stream(device="sim"):
+        on_device = host.to("sim", non_blocking=True)
+    simulator.host_access(host, True)
+    simulator.clock.advance(9)
+    simulator.reset(Schedule("eager"))
+    simulator.host_access(host, True)
+    host.fill_(2)
+    assert simulator.report() == []
+    assert (simulator.clock.now(), simulator.clock.device(), simulator.host_waits()) == (0, 0, {})
+    assert on_device.cpu().eq(1).all()
+
+
 def test_a_stream_waits_for_what_was_recorded_by_then(sim: Simulator) -> None:
     """An event recorded again after a stream was made to wait for it does not make the stream wait longer."""
     first, second = torch.Stream(device="sim"), torch.Stream(device="sim")

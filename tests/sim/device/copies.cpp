@@ -28,14 +28,17 @@ struct Copy {
   bool pinned() { return simulator().pinned(host_side().storage().data()); }
   double us() const { return static_cast<double>(to.nbytes()) / simulator().costs.bytes_per_us; }
 
-  // A transfer is asynchronous from and to contiguous pinned memory only; anything else goes through a pageable
-  // temporary of the driver or of torch, and the host waits.
-  bool asynchronous() { return non_blocking && pinned() && host_side().is_contiguous(); }
+  // A transfer is asynchronous from and to pinned memory only, and only if it is one piece; anything else goes through a
+  // pageable temporary of the driver or of torch, and the host waits.
+  bool asynchronous() { return non_blocking && pinned() && (host_side().is_contiguous() || laid_out_alike()); }
+  bool laid_out_alike() const {
+    return from.scalar_type() == to.scalar_type() && from.strides() == to.strides() && to.is_non_overlapping_and_dense();
+  }
 
   void complain_if_it_blocks(const char* direction) {
     if (!non_blocking || asynchronous() || to.numel() <= 1) return;
     simulator().find("not pinned", "a non-blocking copy of " + std::to_string(to.nbytes()) + " bytes " + direction +
-                                       " memory that is not pinned, or not contiguous, blocks the host");
+                                       " memory that is not pinned, or not one piece, blocks the host");
   }
 
   void to_device();
