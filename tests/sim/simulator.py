@@ -118,7 +118,11 @@ class Simulator:
         _ops().host_access(*_extent(buffer), write)
 
     def host_register(self, buffer: Any) -> None:
-        """Pin exactly this memory, as ``cudaHostRegister`` does; whoever owns it keeps it until ``host_unregister``."""
+        """Pin exactly this memory, as ``cudaHostRegister`` does; whoever owns it keeps it until ``host_unregister``.
+
+        Raises ``RuntimeError`` unless it is whole pages of 4 KiB, none of them pinned. (CUDA takes other stretches too,
+        but two of them that share a page are trouble.)
+        """
         _ops().host_register(*_extent(buffer))
 
     def host_unregister(self, buffer: Any) -> None:

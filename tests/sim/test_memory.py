@@ -5,12 +5,17 @@ from __future__ import annotations
 import mmap
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from tests.sim.simulator import Finding, Schedule, Simulator
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def _pages(count: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(mmap.mmap(-1, count * mmap.PAGESIZE), dtype=np.uint8)
 
 
 def _kinds(findings: list[Finding]) -> list[str]:
@@ -109,8 +114,7 @@ def test_the_device_runs_out_of_memory(sim: Simulator) -> None:
 
 def test_registered_memory_is_pinned_exactly(sim: Simulator) -> None:
     """Registered pages are pinned as far as they go, take no more than their bytes, and copy without blocking."""
-    pages = mmap.mmap(-1, 3 * mmap.PAGESIZE)
-    slab = np.frombuffer(pages, dtype=np.uint8)
+    slab = _pages(3)
     before = sim.counters()["pinned bytes"]
     tensor = torch.from_numpy(slab)
     assert not tensor.is_pinned()
@@ -129,19 +133,22 @@ def test_registered_memory_is_pinned_exactly(sim: Simulator) -> None:
 
 
 def test_memory_is_registered_once(sim: Simulator) -> None:
-    """Pages that are registered cannot be registered again, nor pages that were not be unregistered."""
-    slab = np.zeros(8192, dtype=np.uint8)
+    """Whole pages can be registered that are not yet, and unregistered that are."""
+    slab = _pages(2)
     with pytest.raises(RuntimeError, match="was not registered"):
         sim.host_unregister(slab)
     sim.host_register(slab)
     with pytest.raises(RuntimeError, match="pinned already"):
-        sim.host_register(slab[4096:])
+        sim.host_register(slab[mmap.PAGESIZE :])
+    with pytest.raises(RuntimeError, match="whole pages"):
+        sim.host_register(slab[64:])
     sim.host_unregister(slab)
 
 
 def test_unregistering_under_a_copy_is_a_race(sim: Simulator) -> None:
     """Memory that a copy may still read must not be unregistered; the copy is then run first, so nothing crashes."""
-    slab = np.ones(4096, dtype=np.uint8)
+    slab = _pages(1)
+    slab[:] = 1
     sim.host_register(slab)
     on_device = torch.from_numpy(slab).to("sim", non_blocking=True)
     sim.host_unregister(slab)

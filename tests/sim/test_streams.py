@@ -57,16 +57,19 @@ def test_polling_ends(sim: Simulator) -> None:
 def test_polling_runs_only_what_is_asked_for(simulator: Simulator) -> None:
     """On the lazy schedule, other streams stay where they are while somebody polls."""
     simulator.reset(LAZY)
-    asked, other = torch.Stream(device="sim"), torch.Stream(device="sim")
-    with other:
-        torch.ones(8, device="sim") + 1  # several tasks: one poll does not do them all
-    others = other.record_event()
+    asked, *others = [torch.Stream(device="sim") for _ in range(6)]
+    ends = []
+    for stream in others:
+        with stream:
+            torch.ones(8, device="sim") + 1  # several tasks, so that asking below does not end them
+        ends.append(stream.record_event())
     with asked:
-        torch.ones(8, device="sim")
+        for _ in range(20):
+            torch.ones(8, device="sim")
     done = asked.record_event()
     while not done.query():
         pass
-    assert not others.query()
+    assert not any(end.query() for end in ends)
 
 
 def test_reset_is_a_new_beginning(simulator: Simulator) -> None:
@@ -75,7 +78,6 @@ def test_reset_is_a_new_beginning(simulator: Simulator) -> None:
     host = torch.ones(8, pin_memory=True)
     with torch.Stream(device="sim"):
         on_device = host.to("sim", non_blocking=True)
-    simulator.host_access(host, True)
     simulator.clock.advance(9)
     simulator.reset(Schedule("eager"))
     simulator.host_access(host, True)

@@ -61,6 +61,9 @@ std::vector<Block*> Memory::unpark(const Streams& streams) {
 }
 
 Block* Memory::register_host(char* begin, size_t nbytes) {
+  constexpr size_t page = 4096;
+  if (reinterpret_cast<size_t>(begin) % page || nbytes % page || nbytes == 0)
+    throw std::runtime_error("only whole pages can be pinned");
   auto after = blocks_.lower_bound(begin);
   if (find(begin) || (after != blocks_.end() && after->first < begin + nbytes))
     throw std::runtime_error("this memory, or some of it, is pinned already");

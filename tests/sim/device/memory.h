@@ -54,7 +54,7 @@ class Memory {
   void park(Block* block, std::vector<Moment> moments) { parked_.emplace_back(block, std::move(moments)); }
   std::vector<Block*> unpark(const Streams& streams);
 
-  Block* register_host(char* begin, size_t nbytes);  // throws when it overlaps a live block
+  Block* register_host(char* begin, size_t nbytes);  // throws unless it is whole pages, none pinned yet
   void unregister_host(Block* block);
 
   int64_t device_bytes = 0;  // live
