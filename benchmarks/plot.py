@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 
@@ -28,12 +29,12 @@ def draw(record: Record, file: Path) -> None:
             and row.contender != "resident"
         ):
             lines.setdefault(row.contender, []).append((_budget_bytes(row, record) / 1e9, seconds))
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, points in lines.items():
+    for (name, points), marker in zip(lines.items(), itertools.cycle("osD^vP"), strict=False):
         points.sort()
-        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, alpha=0.8, label=name)
     floor = _floor(record, tokens)
     if floor:
         axes.plot([x for x, _ in floor], [y for _, y in floor], color="black", linestyle="--", label="floor")
@@ -44,7 +45,7 @@ def draw(record: Record, file: Path) -> None:
         yscale="log",
     )
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(file, dpi=120)
 
 
