@@ -12,6 +12,7 @@ from torch import nn
 
 from odewei.hf import known_to_transformers
 from odewei.loaders import (
+    NumpyLoader,
     SafetensorsLoader,
     ShardedWeightsLoader,
     StateDictLoader,
@@ -26,6 +27,7 @@ from odewei.options import Granularity, Options
 from odewei.runtime import Runtime
 
 __all__ = [
+    "NumpyLoader",
     "SafetensorsLoader",
     "ShardedWeightsLoader",
     "StateDictLoader",

@@ -9,6 +9,7 @@ their word, and pickles may build tensors only.
 """
 
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightsLoader
+from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.open_checkpoint import open_checkpoint
 from odewei.loaders.plain_callable import CallableLoader, as_source
 from odewei.loaders.safetensors_file import SafetensorsLoader
@@ -20,6 +21,7 @@ from odewei.loaders.torch_file import TorchLoader
 __all__ = [
     "CallableLoader",
     "CheckpointFile",
+    "NumpyLoader",
     "SafetensorsLoader",
     "ShardedWeightsLoader",
     "Span",
