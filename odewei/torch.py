@@ -12,9 +12,12 @@ from torch import nn
 
 from odewei.hf import known_to_transformers
 from odewei.loaders import (
+    Concat,
+    GatheringLoader,
     NumpyLoader,
     SafetensorsLoader,
     ShardedWeightsLoader,
+    Stack,
     StateDictLoader,
     TorchLoader,
     WeightsLoader,
@@ -27,9 +30,12 @@ from odewei.options import Granularity, Options
 from odewei.runtime import Runtime
 
 __all__ = [
+    "Concat",
+    "GatheringLoader",
     "NumpyLoader",
     "SafetensorsLoader",
     "ShardedWeightsLoader",
+    "Stack",
     "StateDictLoader",
     "TorchLoader",
     "WeightsLoader",

@@ -7,10 +7,12 @@ are, put them here (:meth:`WeightsLoader.read_into`).
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +142,35 @@ class WeightPart:
     source: WeightInfo
     offset: int
     stride: tuple[int, ...]
+
+    @property
+    def is_one_run(self) -> bool:
+        """Whether the source's bytes, as they are, are one stretch of the gathered weight's."""
+        return self.source.stride is None and self.run_count <= 1
+
+    @property
+    def run_count(self) -> int:
+        """How many stretches ``runs`` gives."""
+        return math.prod(self.source.shape[: self._outer])
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """The stretches of a contiguous source: (first byte in it, first byte in the gathered weight, bytes)."""
+        shape, outer, item = self.source.shape, self._outer, self.source.dtype.itemsize
+        nbytes = math.prod(shape[outer:]) * item
+        for number, index in enumerate(itertools.product(*map(range, shape[:outer]))):
+            at = self.offset + sum(place * step for place, step in zip(index, self.stride[:outer], strict=True))
+            yield number * nbytes, at * item, nbytes
+
+    @property
+    def _outer(self) -> int:
+        """How many of the first dimensions it takes to get from one stretch to the next."""
+        expected = 1
+        for outer in range(len(self.stride), 0, -1):
+            size = self.source.shape[outer - 1]
+            if size != 1 and self.stride[outer - 1] != expected:
+                return outer
+            expected *= size
+        return 0
 
 
 class WeightsLoader(ABC):
