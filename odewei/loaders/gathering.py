@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from odewei.errors import CheckpointError, MissingWeightError, OptionsError, WeightMismatchError
 from odewei.loaders.base import Span, WeightInfo, WeightPart, WeightsLoader
@@ -220,22 +221,24 @@ def _read_part(loader: WeightsLoader, part: WeightPart, buffer: memoryview) -> N
         start = part.offset * item
         loader.read_into(part.source, buffer[start : start + part.source.nbytes])
         return
-    whole = np.frombuffer(buffer, _MOVED_AS[item])
-    target = np.lib.stride_tricks.as_strided(
-        whole[part.offset :], part.source.shape, [step * item for step in part.stride]
-    )
+    target = _view(buffer, part.source.shape, part.stride, item, part.offset)
     for first, piece in _pieces(part.source):
-        raw = np.empty(piece.nbytes, np.uint8)
+        raw = memoryview(bytearray(piece.nbytes))
         if piece is part.source:
-            loader.read_into(piece, raw.data)
+            loader.read_into(piece, raw)
         else:
-            read_span(piece, raw.data)
+            read_span(piece, raw)
         stride = contiguous_stride(piece.shape) if piece.stride is None else piece.stride
-        elements = np.lib.stride_tricks.as_strided(raw.view(_MOVED_AS[item]), piece.shape, [s * item for s in stride])
-        if piece.shape:
-            target[first : first + piece.shape[0]] = elements
-        else:
-            target[...] = elements
+        rows = slice(first, first + piece.shape[0]) if piece.shape else ...
+        target[rows] = _view(raw, piece.shape, stride, item, 0)
+
+
+def _view(
+    buffer: memoryview, shape: tuple[int, ...], stride: tuple[int, ...], item: int, offset: int
+) -> npt.NDArray[np.generic]:
+    """Elements of ``buffer``, from the element ``offset`` on. NumPy sees to it that they lie within it."""
+    steps = [step * item for step in stride]
+    return np.ndarray(shape, _MOVED_AS[item], buffer, offset=offset * item, strides=steps)
 
 
 def _pieces(source: WeightInfo) -> Iterator[tuple[int, WeightInfo]]:

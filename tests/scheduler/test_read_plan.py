@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from odewei.loaders import Concat, GatheringLoader, Recipe, Stack, view_as_weight
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightsLoader
 from odewei.loaders.file_loader import read_span
+from odewei.loaders.tensors import contiguous_stride
 from odewei.scheduler import gather_plan
 from odewei.scheduler import read_plan as module
 from odewei.scheduler.budget import Budget
@@ -299,12 +300,22 @@ def test_a_unit_without_weights_has_an_empty_plan() -> None:
 
 
 class Dealt(WeightsLoader):
-    """Weights that lie in a file one after another in random order, ``gap`` bytes apart; the last are in no file."""
+    """Weights that lie in a file one after another in random order, ``gap`` bytes apart; the last are in no file. Those
+    of ``turned`` lie there with strides of their own.
+    """
 
-    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor], gap: int, seed: int, without_file: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, torch.Tensor],
+        gap: int,
+        seed: int,
+        without_file: int = 0,
+        turned: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__()
         noise = random.Random(seed)
-        self.tensors = tensors
+        self.tensors = {name: tensor.mT if name in turned else tensor for name, tensor in tensors.items()}
         names = sorted(tensors)
         noise.shuffle(names)
         content = bytearray(noise.randbytes(gap))
@@ -320,6 +331,7 @@ class Dealt(WeightsLoader):
                 tensor.dtype,
                 tuple(tensor.shape),
                 Span(file, starts[name], tensor.nbytes) if name in starts else None,
+                tuple(reversed(contiguous_stride(tensor.shape[::-1]))) if name in turned else None,
             )
             for name, tensor in tensors.items()
         }
@@ -345,11 +357,16 @@ class Dealt(WeightsLoader):
     long=st.sampled_from([1, 3000, 1 << 20]),
     most_runs=st.sampled_from([2, 1024]),
     without_file=st.sampled_from([0, 0, 0, 1]),
+    turns=st.booleans(),
     seed=st.integers(0, 99),
 )
 @example(  # long stretches, each with another distance between its places in the file and in the slab
     case=(Stack([Concat(["w0", "w1"]), Concat(["w2", "w3"])]), {f"w{i}": (30_000 + i % 2,) for i in range(4)}),
-    kind=(torch.uint8, torch.uint8), gap=1, direct=True, long=1, most_runs=1024, without_file=0, seed=3,
+    kind=(torch.uint8, torch.uint8), gap=1, direct=True, long=1, most_runs=1024, without_file=0, turns=False, seed=3,
+)  # fmt: skip
+@example(  # sources with strides of their own
+    case=(Stack(["w0", "w1"]), {"w0": (30, 20), "w1": (30, 20)}),
+    kind=(torch.uint8, torch.uint8), gap=0, direct=True, long=1, most_runs=1024, without_file=0, turns=True, seed=0,
 )  # fmt: skip
 @settings(deadline=None, max_examples=200)
 def test_what_is_gathered_is_what_the_loader_gathers(
@@ -361,6 +378,7 @@ def test_what_is_gathered_is_what_the_loader_gathers(
     long: int,
     most_runs: int,
     without_file: int,
+    turns: bool,
     seed: int,
 ) -> None:
     """Planned reads into the right places, the plain twin, and torch's stack and cat all give the same bytes."""
@@ -370,7 +388,9 @@ def test_what_is_gathered_is_what_the_loader_gathers(
         name: torch.randint(0, 200, shape, generator=noise, dtype=torch.uint8).to(kind[0])
         for name, shape in {**shapes, "plain": (5000,)}.items()
     }
-    loader = GatheringLoader(Dealt(folder, tensors, gap, seed, min(without_file, len(shapes))), {"made": recipe})
+    turned = frozenset(name for name, shape in shapes.items() if turns and len(shape) == 2 and 0 not in shape)
+    dealt = Dealt(folder, tensors, gap, seed, without_file, turned)
+    loader = GatheringLoader(dealt, {"made": recipe})
     infos = loader.weights()
     wanted = [Wanted(name, infos[name], kind[1]) for name in ("made", "plain")]
     with pytest.MonkeyPatch.context() as patch:
@@ -396,7 +416,7 @@ def test_experts_are_read_to_where_they_stay(folder: Path) -> None:
     tensors = {f"w{i}": torch.zeros(3 << 19, dtype=torch.uint8) for i in range(4)}
     tensors |= {f"s{i}": torch.zeros(100, dtype=torch.uint8) for i in range(4)}
     made = {"large": Stack(f"w{i}" for i in range(4)), "small": Stack(f"s{i}" for i in range(4))}
-    loader = GatheringLoader(Dealt(folder, tensors, 7, 0, 0), made)
+    loader = GatheringLoader(Dealt(folder, tensors, 7, 0), made)
     infos = loader.weights()
     wanted = [Wanted(name, infos[name], torch.uint8) for name in made]
     for direct in (True, False):
@@ -406,6 +426,8 @@ def test_experts_are_read_to_where_they_stay(folder: Path) -> None:
         assert not any(isinstance(read, LoaderRead) for read in reads)
         assert sum(read.nbytes for read in placed) > 0.99 * 4 * (3 << 19)
         assert len(placed) == 8
+        assert all(read.needed == read.nbytes + read.shift for read in placed)
+        assert any(read.shift >= ALIGNMENT for read in placed) == direct
         copied = [read for read in reads if isinstance(read, CopiedRead)]
         assert len(copied) <= 6
         assert sum(read.nbytes for read in copied) <= 6 * 3 * PAGE
