@@ -36,15 +36,15 @@ def by_expert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous().clone() for name, tensor in found.items()}
 
 
-def fused(path: Path, layers: int) -> GatheringLoader:
+def fused(path: Path, layers: int, experts: int = EXPERTS) -> GatheringLoader:
     """The same state as the model has it."""
     recipes: dict[str, Stack | Concat] = {}
     for layer in range(layers):
         old, new = f"model.layers.{layer}.block_sparse_moe.experts", f"model.layers.{layer}.mlp.experts"
         recipes[f"{new}.gate_up_proj"] = Stack(
-            Concat([f"{old}.{e}.w1.weight", f"{old}.{e}.w3.weight"]) for e in range(EXPERTS)
+            Concat([f"{old}.{e}.w1.weight", f"{old}.{e}.w3.weight"]) for e in range(experts)
         )
-        recipes[f"{new}.down_proj"] = Stack(f"{old}.{e}.w2.weight" for e in range(EXPERTS))
+        recipes[f"{new}.down_proj"] = Stack(f"{old}.{e}.w2.weight" for e in range(experts))
     return GatheringLoader(
         SafetensorsLoader(path, rename=lambda name: name.replace(".block_sparse_moe.gate", ".mlp.gate")), recipes
     )
@@ -72,6 +72,36 @@ def test_experts_of_their_own_become_one_weight(
         assert report.peak_bytes <= budget < report.weight_bytes
         assert report.overdrafts == 0
         assert report.bytes_read >= 3 * (report.weight_bytes - budget)
+
+
+@pytest.mark.parametrize("depth", [0, "auto"])
+def test_only_routed_experts_are_read_from_weights_of_their_own(depth: int | str, tmp_path: Path) -> None:
+    """Where the model takes experts one by one, those that a token is routed to are gathered, and no others."""
+
+    def build() -> nn.Module:
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        config = MixtralConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            num_local_experts=16, num_experts_per_tok=2, vocab_size=99, experts_implementation="eager",
+        )  # fmt: skip
+        return MixtralForCausalLM(config)
+
+    model = zoo.resident(build)
+    path = tmp_path / "model.safetensors"
+    save_file(by_expert(model.state_dict()), path)
+    expert_bytes = sum(one.nbytes for name, one in model.named_parameters() if ".experts." in name)
+    token = {"input_ids": torch.tensor([[5]])}
+    options = {"memory_budget": "1GiB", "prefetch_depth": depth, "io": "buffered"}
+    with zoo.streamed(build, fused(path, 2, 16), **options) as streamed:
+        for _ in range(2):
+            assert zoo.same_bits(zoo.outputs(streamed, token), zoo.outputs(model, token))
+        expected = zoo.weight_bytes(model) - expert_bytes + expert_bytes * 2 // 16
+        assert odewei.report(streamed).bytes_read == expected
+    with zoo.streamed(build, fused(path, 2, 16), memory_budget="500kB", prefetch_depth=depth) as streamed:
+        for seed in range(3):
+            inputs = zoo.CASES["mixtral"].inputs(seed)
+            assert zoo.same_bits(zoo.outputs(streamed, inputs), zoo.outputs(model, inputs))
 
 
 def test_a_recipe_of_another_shape_is_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ each element of each source goes. So nothing is put together in memory: sources 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from odewei.loaders.file_loader import read_span
 from odewei.loaders.names import Rename
 from odewei.loaders.tensors import contiguous_stride
 
-__all__ = ["Concat", "GatheringLoader", "Recipe", "Stack", "gather"]
+__all__ = ["Concat", "GatheringLoader", "Recipe", "Stack", "cut_places", "gather", "lies_in_places"]
 
 _PIECE_NBYTES = 1 << 20
 _MOVED_AS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # copies of these keep every bit
@@ -152,6 +153,40 @@ def gather(name: str, recipe: Recipe, known: Mapping[str, WeightInfo]) -> Weight
     shape = _shape(recipe, name, known)
     parts = tuple(_places(recipe, 0, contiguous_stride(shape), name, known))
     return WeightInfo(name, first.dtype, shape, None, None, parts)
+
+
+def lies_in_places(info: WeightInfo) -> bool:
+    """Whether each place of the first dimension can be read by itself: one stretch of a file, or gathered from sources
+    of its own.
+    """
+    if not info.shape or 0 in info.shape or info.stride is not None:
+        return False
+    if not info.parts:
+        return info.span is not None
+    step = math.prod(info.shape[1:])
+    return all(_last(part) // step == part.offset // step for part in info.parts if part.source.nbytes)
+
+
+def cut_places(info: WeightInfo) -> list[WeightInfo]:
+    """The places of the first dimension of a weight that ``lies_in_places``, called ``name[0]`` and so on. Pure."""
+    step = math.prod(info.shape[1:])
+    spans: list[Span | None] = [None] * info.shape[0]
+    parts: list[list[WeightPart]] = [[] for _ in spans]
+    if info.span is not None:
+        nbytes = step * info.dtype.itemsize
+        spans = [Span(info.span.file, info.span.offset + place * nbytes, nbytes) for place in range(len(spans))]
+    for part in info.parts:
+        if part.source.nbytes:
+            parts[part.offset // step].append(replace(part, offset=part.offset % step))
+    return [
+        WeightInfo(f"{info.name}[{place}]", info.dtype, info.shape[1:], span, None, tuple(parts[place]))
+        for place, span in enumerate(spans)
+    ]
+
+
+def _last(part: WeightPart) -> int:
+    """The last element of the gathered weight that a part fills."""
+    return part.offset + sum((size - 1) * step for size, step in zip(part.source.shape, part.stride, strict=True))
 
 
 def _names(recipe: Recipe | str) -> Iterator[str]:

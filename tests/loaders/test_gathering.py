@@ -24,8 +24,9 @@ from odewei.loaders import (
     WeightInfo,
     WeightsLoader,
     gathering,
+    view_as_weight,
 )
-from odewei.loaders.gathering import gather
+from odewei.loaders.gathering import cut_places, gather, lies_in_places
 from tests.recipes import made_by_torch, recipes
 
 from .conformance import LoaderConformance, assert_same, bits, random_tensor, read_bytes
@@ -117,6 +118,40 @@ def test_the_parts_fill_a_weight_each_element_once(case: tuple[Recipe, dict[str,
     covered.sort()
     assert [start for start, _ in covered] == [0, *(end for _, end in covered)][: len(covered)]
     assert (covered[-1][1] if covered else 0) == info.nbytes
+
+
+@settings(max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=recipes(), kind=st.sampled_from(["safetensors", "deflated"]))
+def test_places_are_read_by_themselves(
+    tmp_path: Path, case: tuple[Recipe, dict[str, tuple[int, ...]]], kind: str
+) -> None:
+    """Where no source reaches over several places of the first dimension, each is a weight with its bits."""
+    recipe, shapes = case
+    tensors = {name: random_tensor(torch.float16, shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    loader = GatheringLoader(stored_as(kind, tensors, tmp_path), {"made": recipe})
+    info, expected = loader.weights()["made"], made_by_torch(recipe, tensors)
+    if isinstance(recipe, Stack) and recipe.dim % expected.dim() == 0 and expected.numel():
+        assert lies_in_places(info)
+    if lies_in_places(info):
+        for place, piece in enumerate(cut_places(info)):
+            assert (piece.name, piece.dtype) == (f"made[{place}]", torch.float16)
+            raw = torch.tensor(list(read_bytes(loader, piece)), dtype=torch.uint8)
+            assert_same(view_as_weight(raw, piece), expected[place])
+
+
+def test_what_lies_in_places(tmp_path: Path) -> None:
+    """A stretch of a file does, and what is stacked of them; what has strides or reaches over places does not."""
+    known = stored_as("safetensors", TENSORS, tmp_path).weights()
+    assert lies_in_places(known["a"])
+    assert [piece.span.offset for piece in cut_places(known["a"]) if piece.span is not None] == [
+        known["a"].span.offset + 12 * place for place in range(2) if known["a"].span is not None
+    ]
+    assert lies_in_places(gather("m", Stack(["a", "b"]), known))
+    assert lies_in_places(gather("m", Concat([Stack(["a"]), Stack(["b"])]), known))
+    assert not lies_in_places(gather("m", Concat(["a", "b"]), known))
+    assert not lies_in_places(gather("m", Stack(["a", "b"], dim=1), known))
+    assert not lies_in_places(stored_as("fortran", TENSORS, tmp_path).weights()["a"])
+    assert not lies_in_places(StateDictLoader(TENSORS).weights()["a"])
 
 
 TENSORS = {"a": torch.zeros(2, 3), "b": torch.ones(2, 3), "c": torch.ones(2, 4), "h": torch.ones(2, 3).half()}
