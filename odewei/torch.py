@@ -14,6 +14,7 @@ from odewei.hf import known_to_transformers
 from odewei.loaders import (
     Concat,
     GatheringLoader,
+    GgufLoader,
     NumpyLoader,
     SafetensorsLoader,
     ShardedWeightsLoader,
@@ -32,6 +33,7 @@ from odewei.runtime import Runtime
 __all__ = [
     "Concat",
     "GatheringLoader",
+    "GgufLoader",
     "NumpyLoader",
     "SafetensorsLoader",
     "ShardedWeightsLoader",

@@ -10,6 +10,7 @@ their word, and pickles may build tensors only.
 
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightPart, WeightsLoader
 from odewei.loaders.gathering import Concat, GatheringLoader, Recipe, Stack
+from odewei.loaders.gguf_file import GgufLoader
 from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.open_checkpoint import open_checkpoint
 from odewei.loaders.plain_callable import CallableLoader, as_source
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointFile",
     "Concat",
     "GatheringLoader",
+    "GgufLoader",
     "NumpyLoader",
     "Recipe",
     "SafetensorsLoader",

@@ -22,7 +22,7 @@ _USUAL_NAMES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-_ONLY_ONE_OF = ((_INDEX,), (".safetensors",), TORCH_SUFFIXES, (".npz",))
+_ONLY_ONE_OF = ((_INDEX,), (".safetensors",), TORCH_SUFFIXES, (".npz",), (".gguf",))
 _ARRAYS = ".npy"
 
 
@@ -34,12 +34,12 @@ def open_checkpoint(
     rename: Rename | None = None,
     prefix: str = "",
 ) -> WeightsLoader:
-    """The loader for a file (.safetensors, .bin, .pt, .pth, .npz, .npy, .index.json) or the checkpoint in a folder.
+    """The loader for a file that ``open_weights_file`` reads, an .index.json, or the checkpoint in a folder.
 
     In a folder the usual names of model hubs come first, safetensors before pickles and an index before a single file;
-    then the only index, the only safetensors file, the only torch file, the only .npz file; then all .npy files
-    together. ``rename`` and ``prefix`` are the loader's. Raises CheckpointNotFoundError, and CheckpointError where
-    several files fit.
+    then the only index, the only safetensors file, the only torch file, the only .npz file, the only .gguf file; then
+    all .npy files together. ``rename`` and ``prefix`` are the loader's. Raises CheckpointNotFoundError, and
+    CheckpointError where several files fit.
     """
     chosen = Path(path)
     if chosen.is_dir():
@@ -71,7 +71,8 @@ def _choose(folder: Path) -> Path:
         return folder
     raise CheckpointNotFoundError(
         f"the folder has no checkpoint: looked for {', '.join(_USUAL_NAMES)}, *{_INDEX}, *.safetensors, "
-        f"*{', *'.join(TORCH_SUFFIXES)}, *.npz, *{_ARRAYS}; there {'is' if len(files) == 1 else 'are'} {_brief(files)}",
+        f"*{', *'.join(TORCH_SUFFIXES)}, *.npz, *.gguf, *{_ARRAYS}; "
+        f"there {'is' if len(files) == 1 else 'are'} {_brief(files)}",
         file=str(folder),
         cure="Name the folder or file of the checkpoint, or download it",
     )

@@ -15,6 +15,7 @@ from odewei.errors import CheckpointError, MissingWeightError
 from odewei.loaders.base import CheckpointFile, WeightInfo
 from odewei.loaders.checkpoint_index import read_index
 from odewei.loaders.file_loader import FileLoader
+from odewei.loaders.gguf_file import GgufLoader
 from odewei.loaders.names import Rename
 from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.safetensors_file import SafetensorsLoader
@@ -28,6 +29,7 @@ _KINDS: dict[str, type[FileLoader]] = {
     ".safetensors": SafetensorsLoader,
     **dict.fromkeys(TORCH_SUFFIXES, TorchLoader),
     **dict.fromkeys(NUMPY_SUFFIXES, NumpyLoader),
+    ".gguf": GgufLoader,
 }
 
 

@@ -213,7 +213,7 @@ class LoaderConformance:
 
     def test_tensors_are_aligned_own_and_ordinary(self, tmp_path: Path) -> None:
         """What is read lies at a multiple of 64 bytes, is nobody else's, and is no inference tensor."""
-        loader = self.make({"odd": torch.ones(1, dtype=torch.uint8), "w": torch.ones(3)}, tmp_path)
+        loader = self.make({"odd": torch.ones(1, dtype=torch.int8), "w": torch.ones(3)}, tmp_path)
         with torch.inference_mode():
             first = loader("module", ["w"])["w"]
         second = loader("module", ["w"])["w"]
