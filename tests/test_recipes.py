@@ -135,6 +135,33 @@ def test_a_part_of_a_checkpoint_is_a_model(save: object, tmp_path: Path) -> None
             assert zoo.same_bits(zoo.outputs(streamed, inputs), zoo.outputs(model, inputs))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_quantised_weights_are_those_of_the_package(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    """A streamed GGUF file has the bits of a model that holds what the package dequantises, cast as asked."""
+    gguf = pytest.importorskip("gguf")
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+
+    model = zoo.resident(build)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mlp")
+    for name, parameter in model.named_parameters():
+        kind = gguf.GGMLQuantizationType.Q8_0 if parameter.dim() == 2 else gguf.GGMLQuantizationType.F32
+        stored = gguf.quantize(parameter.detach().numpy(), kind)
+        writer.add_tensor(f"blk.{name}", stored, raw_dtype=kind)
+        parameter.data = torch.from_numpy(gguf.dequantize(stored, kind)).to(dtype or torch.float32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    inputs = {"input": torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).to(dtype or torch.float32)}
+    loader = open_checkpoint(tmp_path, prefix="blk.", dtype=dtype)
+    with zoo.streamed(build, loader, memory_budget=700_000) as streamed:
+        for _ in range(3):
+            assert zoo.same_bits(zoo.outputs(streamed, inputs), zoo.outputs(model, inputs))
+        assert odewei.report(streamed).overdrafts == 0
+
+
 def test_arrays_in_fortran_order_give_the_bits_of_the_resident_model(tmp_path: Path) -> None:
     """A weight that NumPy saved column by column is bound with its strides, as the resident model has it."""
 
