@@ -1,8 +1,8 @@
 """Which weights hold the experts of a layer, and how they are cut. Pure: reads modules, changes nothing.
 
 A fused expert weight has one expert in each place of its first dimension (``gate_up_proj[E, ...]``, its biases
-``[E, n]``), so an expert's part is one stretch of the file: a *piece*. The pieces of one expert, of all such weights of
-its module, come and go together.
+``[E, n]``), so an expert's part is one stretch of the file, or gathered from weights of its own: a *piece*. The pieces
+of one expert, of all such weights of its module, come and go together.
 
 That a weight is one is a guess: the code of its module takes single places of it, ``self.weight[i]``. It decides only
 how the weight is read ahead; a wrong guess costs time, because the weight itself (``sliced``) is right whatever is done
@@ -25,7 +25,8 @@ from types import CodeType
 import torch
 from torch import nn
 
-from odewei.loaders.base import Span, WeightInfo
+from odewei.loaders.base import WeightInfo
+from odewei.loaders.gathering import cut_places, lies_in_places
 from odewei.scheduler.slabs import ALIGNMENT, HUGE_PAGE, PAGE
 from odewei.survey import Weight, walk
 from odewei.units import Unit, ancestry
@@ -55,12 +56,7 @@ class ExpertPlan:
         """Where each piece is, by its name."""
         found = {}
         for weight in self.weights:
-            whole = infos[weight.name]
-            assert whole.span is not None
-            step = whole.nbytes // self.count
-            for place in range(self.count):
-                span = Span(whole.span.file, whole.span.offset + place * step, step)
-                info = WeightInfo(piece_name(whole.name, place), whole.dtype, whole.shape[1:], span)
+            for place, info in enumerate(cut_places(infos[weight.name])):
                 found[piece_name(weight.name, place)] = info
         return found
 
@@ -161,11 +157,11 @@ def _plan(
 
 
 def _lies_in_pieces(info: WeightInfo, cast: Callable[[torch.dtype], torch.dtype]) -> bool:
-    """Whether each place is one stretch of a file, and as well aligned as it is in the whole weight.
+    """Whether each place can be read by itself, and lies as well aligned as it is in the whole weight.
 
     The last bits depend on that: in a whole weight whose pieces are no multiples of 64 bytes, few of them are aligned.
     """
-    if info.span is None or info.stride is not None or len(info.shape) < 2 or 0 in info.shape:
+    if len(info.shape) < 2 or not lies_in_places(info):
         return False
     return math.prod(info.shape[1:]) * cast(info.dtype).itemsize % ALIGNMENT == 0
 

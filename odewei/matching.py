@@ -56,14 +56,13 @@ def match_weights(weights: Sequence[Weight], loader: WeightsLoader, on_missing: 
 
 
 def _fitting(weight: Weight, info: WeightInfo) -> WeightInfo:
-    file = str(info.span.file.path) if info.span is not None else None
     module = weight.uses[0].module or None
     if info.shape != weight.shape:
         raise WeightMismatchError(
             f"the checkpoint has shape {info.shape}, the model {weight.shape}",
             module=module,
             weight=info.name,
-            file=file,
+            file=info.file,
             cure="Build the model with the configuration that the checkpoint was made with",
         )
     interchangeable = is_castable(info.dtype) and is_castable(weight.dtype)
@@ -72,7 +71,7 @@ def _fitting(weight: Weight, info: WeightInfo) -> WeightInfo:
             f"the checkpoint has {info.dtype}, the model {weight.dtype}, and neither can stand for the other",
             module=module,
             weight=info.name,
-            file=file,
+            file=info.file,
             cure="Build the model as the checkpoint was made (a quantised checkpoint needs its quantised modules)",
         )
     return info

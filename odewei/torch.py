@@ -12,8 +12,13 @@ from torch import nn
 
 from odewei.hf import known_to_transformers
 from odewei.loaders import (
+    Concat,
+    GatheringLoader,
+    GgufLoader,
+    NumpyLoader,
     SafetensorsLoader,
     ShardedWeightsLoader,
+    Stack,
     StateDictLoader,
     TorchLoader,
     WeightsLoader,
@@ -26,8 +31,13 @@ from odewei.options import Granularity, Options
 from odewei.runtime import Runtime
 
 __all__ = [
+    "Concat",
+    "GatheringLoader",
+    "GgufLoader",
+    "NumpyLoader",
     "SafetensorsLoader",
     "ShardedWeightsLoader",
+    "Stack",
     "StateDictLoader",
     "TorchLoader",
     "WeightsLoader",

@@ -8,7 +8,10 @@ Nothing in a checkpoint is trusted: headers, indexes and archives are checked be
 their word, and pickles may build tensors only.
 """
 
-from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightsLoader
+from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightPart, WeightsLoader
+from odewei.loaders.gathering import Concat, GatheringLoader, Recipe, Stack
+from odewei.loaders.gguf_file import GgufLoader
+from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.open_checkpoint import open_checkpoint
 from odewei.loaders.plain_callable import CallableLoader, as_source
 from odewei.loaders.safetensors_file import SafetensorsLoader
@@ -20,12 +23,19 @@ from odewei.loaders.torch_file import TorchLoader
 __all__ = [
     "CallableLoader",
     "CheckpointFile",
+    "Concat",
+    "GatheringLoader",
+    "GgufLoader",
+    "NumpyLoader",
+    "Recipe",
     "SafetensorsLoader",
     "ShardedWeightsLoader",
     "Span",
+    "Stack",
     "StateDictLoader",
     "TorchLoader",
     "WeightInfo",
+    "WeightPart",
     "WeightsLoader",
     "as_source",
     "is_castable",

@@ -7,18 +7,21 @@ are, put them here (:meth:`WeightsLoader.read_into`).
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError, OptionsError, WeightReadError
+from odewei.loaders.names import Names, Rename
 
-__all__ = ["CheckpointFile", "Span", "WeightInfo", "WeightsLoader"]
+__all__ = ["CheckpointFile", "Span", "WeightInfo", "WeightPart", "WeightsLoader"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,9 @@ class WeightInfo:
 
     ``stride`` is None for a contiguous tensor, else in elements. ``span`` is None when the bytes are not in a file as
     they are; then the loader's ``read_into`` delivers them. The stored bytes begin with the tensor's first element.
+    ``name`` is the checkpoint's, also where a loader has the weight under another.
+
+    A weight that is gathered from several has ``parts``, no span and no stride; the parts fill it, each element once.
     """
 
     name: str
@@ -102,6 +108,14 @@ class WeightInfo:
     shape: tuple[int, ...]
     span: Span | None
     stride: tuple[int, ...] | None = None
+    parts: tuple[WeightPart, ...] = ()
+
+    @property
+    def file(self) -> str | None:
+        """The file that the weight, or its first part that is in a file, is in: for messages."""
+        if self.span is not None:
+            return str(self.span.file.path)
+        return next((part.source.file for part in self.parts if part.source.file is not None), None)
 
     @property
     def nbytes(self) -> int:
@@ -117,15 +131,65 @@ class WeightInfo:
         return count * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class WeightPart:
+    """Where one weight of the checkpoint goes in a gathered one of the same dtype.
+
+    Its element at (i, j, ...) goes to element ``offset + i * stride[0] + j * stride[1] + ...`` of the gathered weight,
+    which is contiguous.
+    """
+
+    source: WeightInfo
+    offset: int
+    stride: tuple[int, ...]
+
+    @property
+    def is_one_run(self) -> bool:
+        """Whether the source's bytes, as they are, are one stretch of the gathered weight's."""
+        return self.source.stride is None and self.run_count <= 1
+
+    @property
+    def run_count(self) -> int:
+        """How many stretches ``runs`` gives."""
+        return math.prod(self.source.shape[: self._outer])
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """The stretches of a contiguous source: (first byte in it, first byte in the gathered weight, bytes)."""
+        shape, outer, item = self.source.shape, self._outer, self.source.dtype.itemsize
+        nbytes = math.prod(shape[outer:]) * item
+        for number, index in enumerate(itertools.product(*map(range, shape[:outer]))):
+            at = self.offset + sum(place * step for place, step in zip(index, self.stride[:outer], strict=True))
+            yield number * nbytes, at * item, nbytes
+
+    @property
+    def _outer(self) -> int:
+        """How many of the first dimensions it takes to get from one stretch to the next."""
+        expected = 1
+        for outer in range(len(self.stride), 0, -1):
+            size = self.source.shape[outer - 1]
+            if size != 1 and self.stride[outer - 1] != expected:
+                return outer
+            expected *= size
+        return 0
+
+
 class WeightsLoader(ABC):
     """A checkpoint whose weights are known by name before they are read.
 
     ``device`` and ``dtype`` are wishes of whoever made the loader: the execution device, and the floating dtype to
-    cast to (None: as stored). A loader is itself a plain callable ``(module_name, weight_names) -> {name: tensor}``.
+    cast to (None: as stored). ``rename`` and ``prefix`` lead from the checkpoint's names to the model's, see ``Names``.
+    A loader is itself a plain callable ``(module_name, weight_names) -> {name: tensor}``.
     Methods may be called from any thread.
     """
 
-    def __init__(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        rename: Rename | None = None,
+        prefix: str = "",
+    ) -> None:
         if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
             raise OptionsError(
                 f"dtype={dtype} is not something that weights can be cast to on the way",
@@ -133,6 +197,7 @@ class WeightsLoader(ABC):
             )
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
+        self._names = Names(rename, prefix)
 
     @property
     def place(self) -> Path | None:
@@ -141,7 +206,8 @@ class WeightsLoader(ABC):
 
     @abstractmethod
     def weights(self) -> Mapping[str, WeightInfo]:
-        """Every weight of the checkpoint by name. Reads headers at most, never weights; the answer does not change.
+        """Every weight of the checkpoint by the model's name. Reads headers at most, never weights; the answer does not
+        change.
 
         Raises CheckpointError when headers or indexes cannot be used.
         """

@@ -20,8 +20,9 @@ import torch
 
 from odewei.errors import CheckpointError, WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightInfo, WeightsLoader
+from odewei.loaders.names import Rename
 
-__all__ = ["FileLoader", "no_duplicates", "open_header", "read_span"]
+__all__ = ["FileLoader", "no_duplicates", "open_again", "open_header", "read_span"]
 
 _EIO_TRIES = 3
 
@@ -39,6 +40,23 @@ def open_header(file: CheckpointFile) -> Iterator[BinaryIO]:
             f"the header of a checkpoint file cannot be read: {getattr(error, 'problem', error)}",
             file=str(file.path),
             cure="Check that this user may read the file and that nothing writes to it",
+        ) from error
+
+
+@contextmanager
+def open_again(file: CheckpointFile, weight: str) -> Iterator[BinaryIO]:
+    """``file``, open for reading a weight. Raises WeightReadError, also when the file is not what it was any more."""
+    try:
+        with open(file.path, "rb") as stream:
+            file.check_unchanged(stream.fileno(), weight=weight)
+            yield stream
+            file.check_unchanged(stream.fileno(), weight=weight)
+    except OSError as error:
+        raise WeightReadError(
+            f"the file can no longer be read ({error.strerror})",
+            weight=weight,
+            file=str(file.path),
+            cure="Put the file back",
         ) from error
 
 
@@ -106,7 +124,8 @@ def _failed(info: WeightInfo, problem: str, cure: str) -> WeightReadError:
 class FileLoader(WeightsLoader):
     """A checkpoint that begins at one file, ``path``. The headers are read when they are first asked for, and once.
 
-    Copies and pickles keep the headers that were read, so that they too notice a file that has changed since.
+    Copies and pickles keep the headers that were read, so that they too notice a file that has changed since. A
+    ``rename`` that cannot be pickled (a lambda) keeps the loader from it.
     """
 
     def __init__(
@@ -115,10 +134,12 @@ class FileLoader(WeightsLoader):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        rename: Rename | None = None,
+        prefix: str = "",
     ) -> None:
-        super().__init__(device=device, dtype=dtype)
+        super().__init__(device=device, dtype=dtype, rename=rename, prefix=prefix)
         self.path = Path(path)
-        CheckpointFile.stat(self.path)
+        self._check_path()
         self._weights: dict[str, WeightInfo] | None = None
         self._lock = threading.Lock()
 
@@ -126,14 +147,18 @@ class FileLoader(WeightsLoader):
     def place(self) -> Path:
         return self.path
 
+    def _check_path(self) -> None:
+        """Raise CheckpointNotFoundError or CheckpointError if ``path`` cannot be one of a checkpoint."""
+        CheckpointFile.stat(self.path)
+
     @abstractmethod
     def _read_headers(self) -> dict[str, WeightInfo]:
-        """All weights of the checkpoint. Called under the lock, until it has succeeded once."""
+        """All weights by the checkpoint's names. Called under the lock, until it has succeeded once."""
 
     def weights(self) -> Mapping[str, WeightInfo]:
         with self._lock:
             if self._weights is None:
-                self._weights = self._read_headers()
+                self._weights = self._names.apply(self._read_headers(), file=str(self.path))
             return MappingProxyType(self._weights)
 
     def read_into(self, info: WeightInfo, buffer: memoryview) -> None:

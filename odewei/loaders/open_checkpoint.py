@@ -9,6 +9,8 @@ import torch
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError
 from odewei.loaders.base import WeightsLoader
+from odewei.loaders.names import Rename
+from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.sharded import TORCH_SUFFIXES, ShardedWeightsLoader, open_weights_file
 
 __all__ = ["open_checkpoint"]
@@ -20,7 +22,8 @@ _USUAL_NAMES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-_ONLY_ONE_OF = ((_INDEX,), (".safetensors",), TORCH_SUFFIXES)
+_ONLY_ONE_OF = ((_INDEX,), (".safetensors",), TORCH_SUFFIXES, (".npz",), (".gguf",))
+_ARRAYS = ".npy"
 
 
 def open_checkpoint(
@@ -28,22 +31,28 @@ def open_checkpoint(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    rename: Rename | None = None,
+    prefix: str = "",
 ) -> WeightsLoader:
-    """The loader for a file (.safetensors, .bin, .pt, .pth, .index.json) or for the checkpoint in a folder.
+    """The loader for a file that ``open_weights_file`` reads, an .index.json, or the checkpoint in a folder.
 
     In a folder the usual names of model hubs come first, safetensors before pickles and an index before a single file;
-    then the only index, the only safetensors file, the only torch file. Raises CheckpointNotFoundError, and
+    then the only index, the only safetensors file, the only torch file, the only .npz file, the only .gguf file; then
+    all .npy files together. ``rename`` and ``prefix`` are the loader's. Raises CheckpointNotFoundError, and
     CheckpointError where several files fit.
     """
     chosen = Path(path)
     if chosen.is_dir():
         chosen = _choose(chosen)
     if chosen.name.endswith(_INDEX):
-        return ShardedWeightsLoader(chosen, chosen.parent, device=device, dtype=dtype)
-    return open_weights_file(chosen, device=device, dtype=dtype)
+        return ShardedWeightsLoader(chosen, chosen.parent, device=device, dtype=dtype, rename=rename, prefix=prefix)
+    if chosen.is_dir():
+        return NumpyLoader(chosen, device=device, dtype=dtype, rename=rename, prefix=prefix)
+    return open_weights_file(chosen, device=device, dtype=dtype, rename=rename, prefix=prefix)
 
 
 def _choose(folder: Path) -> Path:
+    """The file that the checkpoint begins at, or the folder itself if it is one of arrays."""
     for name in _USUAL_NAMES:
         if (folder / name).is_file():
             return folder / name
@@ -58,9 +67,12 @@ def _choose(folder: Path) -> Path:
                 file=str(folder),
                 cure="Name the file",
             )
+    if any(file.name.lower().endswith(_ARRAYS) for file in files):
+        return folder
     raise CheckpointNotFoundError(
         f"the folder has no checkpoint: looked for {', '.join(_USUAL_NAMES)}, *{_INDEX}, *.safetensors, "
-        f"*{', *'.join(TORCH_SUFFIXES)}; there {'is' if len(files) == 1 else 'are'} {_brief(files)}",
+        f"*{', *'.join(TORCH_SUFFIXES)}, *.npz, *.gguf, *{_ARRAYS}; "
+        f"there {'is' if len(files) == 1 else 'are'} {_brief(files)}",
         file=str(folder),
         cure="Name the folder or file of the checkpoint, or download it",
     )

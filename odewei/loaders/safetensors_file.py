@@ -4,17 +4,20 @@ The format (https://github.com/huggingface/safetensors#format): eight bytes with
 endian; the header, a JSON object of ``name: {"dtype", "shape", "data_offsets"}`` and an optional ``__metadata__`` of
 strings; the data, which the tensors cover without gap or overlap. Whatever the reference implementation refuses is
 refused here. Stricter than it, also: a name that occurs twice, a tensor described by anything but these three keys.
+
+F4 has two elements in a byte. The header counts elements; torch's dtype for it counts pairs, so the last size is half.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from odewei.errors import CorruptCheckpointError
+from odewei.errors import CheckpointError, CorruptCheckpointError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
 from odewei.loaders.file_loader import FileLoader, no_duplicates, open_header
 from odewei.loaders.tensors import named_dtype
@@ -125,11 +128,33 @@ def _weight(name: str, entry: object, data_start: int, file: CheckpointFile) -> 
         if bounded > _MAX_COUNT:
             _refuse(file, f"the shape {_brief(list(shape))} has more elements than can be counted", weight=name)
     begin, end = offsets
-    info = WeightInfo(sys.intern(name), dtype, shape, Span(file, data_start + begin, end - begin))
-    if info.nbytes != end - begin:
-        what = f"{entry['dtype']} of shape {_brief(list(shape))} takes {info.nbytes} bytes"
+    nbytes = _nbytes(entry["dtype"], dtype.itemsize, shape)
+    if nbytes != end - begin:
+        what = f"{entry['dtype']} of shape {_brief(list(shape))} takes {nbytes} bytes"
         _refuse(file, f"{what}, but its data_offsets hold {end - begin}", weight=name)
-    return info
+    if entry["dtype"] == "F4":
+        shape = _in_pairs(shape, name, file)
+    return WeightInfo(sys.intern(name), dtype, shape, Span(file, data_start + begin, end - begin))
+
+
+def _nbytes(dtype: str, itemsize: int, shape: tuple[int, ...]) -> int | float:
+    """What a tensor takes; not a whole number for an odd number of half bytes."""
+    count = math.prod(shape)
+    if dtype != "F4":
+        return count * itemsize
+    return count / 2 if count % 2 else count // 2
+
+
+def _in_pairs(shape: tuple[int, ...], name: str, file: CheckpointFile) -> tuple[int, ...]:
+    """The shape as torch has it. Rows of an odd number of elements share a byte, which no tensor can say."""
+    if not shape or shape[-1] % 2:
+        raise CheckpointError(
+            f"F4 of shape {_brief(list(shape))} has rows that end within a byte",
+            weight=name,
+            file=str(file.path),
+            cure="Pad the last dimension to an even size, or save the packed bytes as U8",
+        )
+    return (*shape[:-1], shape[-1] // 2)
 
 
 def _counts(found: object) -> tuple[int, ...] | None:

@@ -15,36 +15,49 @@ from odewei.errors import CheckpointError, MissingWeightError
 from odewei.loaders.base import CheckpointFile, WeightInfo
 from odewei.loaders.checkpoint_index import read_index
 from odewei.loaders.file_loader import FileLoader
+from odewei.loaders.gguf_file import GgufLoader
+from odewei.loaders.names import Rename
+from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.safetensors_file import SafetensorsLoader
 from odewei.loaders.torch_file import TorchLoader
 
-__all__ = ["TORCH_SUFFIXES", "ShardedWeightsLoader", "open_weights_file"]
+__all__ = ["NUMPY_SUFFIXES", "TORCH_SUFFIXES", "ShardedWeightsLoader", "open_weights_file"]
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+NUMPY_SUFFIXES = (".npz", ".npy")
+_KINDS: dict[str, type[FileLoader]] = {
+    ".safetensors": SafetensorsLoader,
+    **dict.fromkeys(TORCH_SUFFIXES, TorchLoader),
+    **dict.fromkeys(NUMPY_SUFFIXES, NumpyLoader),
+    ".gguf": GgufLoader,
+}
 
 
 def open_weights_file(
-    path: Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> SafetensorsLoader | TorchLoader:
+    path: Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    rename: Rename | None = None,
+    prefix: str = "",
+) -> FileLoader:
     """The loader for one file of weights, chosen by the end of its name.
 
     Raises CheckpointNotFoundError, and CheckpointError for any other kind of file.
     """
     CheckpointFile.stat(path)
     suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        return SafetensorsLoader(path, device=device, dtype=dtype)
-    if suffix in TORCH_SUFFIXES:
-        return TorchLoader(path, device=device, dtype=dtype)
-    raise CheckpointError(
-        f"files that end in {suffix!r} are not read",
-        file=str(path),
-        cure="Use .safetensors, .bin, .pt, .pth, or an index that ends in .index.json",
-    )
+    if suffix not in _KINDS:
+        raise CheckpointError(
+            f"files that end in {suffix!r} are not read",
+            file=str(path),
+            cure=f"Use {', '.join(_KINDS)}, or an index that ends in .index.json",
+        )
+    return _KINDS[suffix](path, device=device, dtype=dtype, rename=rename, prefix=prefix)
 
 
 class ShardedWeightsLoader(FileLoader):
-    """The weights that an index maps to files in ``weights_dir`` (.safetensors, .bin, .pt, .pth, also mixed).
+    """The weights that an index maps to files in ``weights_dir``, of any kinds that ``open_weights_file`` reads.
 
     The index at ``index_file_path`` holds the mapping of weights to names of files under ``weights_mapping_key``.
     Names that lead out of ``weights_dir`` are refused (UnsafeCheckpointError); links that lie in it are followed.
@@ -58,8 +71,11 @@ class ShardedWeightsLoader(FileLoader):
         weights_mapping_key: str = "weight_map",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        rename: Rename | None = None,
+        prefix: str = "",
     ) -> None:
-        super().__init__(index_file_path, device=device, dtype=dtype)
+        super().__init__(index_file_path, device=device, dtype=dtype, rename=rename, prefix=prefix)
         self._index = read_index(index_file_path, weights_dir, weights_mapping_key)
         self._index.check_shards()
         self._loaders = {shard: open_weights_file(shard) for shard in self._index.by_shard()}
@@ -80,7 +96,7 @@ class ShardedWeightsLoader(FileLoader):
         return {name: found[name] for name in self._index.shards}
 
     def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
-        self._loaders[self._index.shards[info.name]].read_into(info, buffer)
+        self._loaders[self._index.shards[info.name]].read_into(info, buffer)  # by the name in the checkpoint
 
     def close(self) -> None:
         for loader in self._loaders.values():

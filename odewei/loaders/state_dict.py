@@ -11,6 +11,7 @@ import torch
 
 from odewei.errors import CheckpointError, WeightReadError
 from odewei.loaders.base import WeightInfo, WeightsLoader
+from odewei.loaders.names import Rename
 from odewei.loaders.tensors import check_plain, contiguous_stride
 
 __all__ = ["StateDictLoader"]
@@ -29,10 +30,12 @@ class StateDictLoader(WeightsLoader):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        rename: Rename | None = None,
+        prefix: str = "",
     ) -> None:
-        super().__init__(device=device, dtype=dtype)
+        super().__init__(device=device, dtype=dtype, rename=rename, prefix=prefix)
         self._tensors = {name: _checked(name, value) for name, value in mapping.items()}
-        self._infos = {name: _info(name, tensor) for name, tensor in self._tensors.items()}
+        self._infos = self._names.apply({name: _info(name, tensor) for name, tensor in self._tensors.items()})
 
     def weights(self) -> Mapping[str, WeightInfo]:
         return self._infos
@@ -52,7 +55,7 @@ class StateDictLoader(WeightsLoader):
                 torch.frombuffer(buffer, dtype=torch.uint8).copy_(_stored_bytes(tensor, info))
 
     def __repr__(self) -> str:
-        return f"<StateDictLoader of {len(self._tensors)} weights>"
+        return f"<StateDictLoader of {len(self._infos)} weights>"
 
 
 def _checked(name: object, value: object) -> torch.Tensor:

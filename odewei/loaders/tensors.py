@@ -41,15 +41,16 @@ _TORCH_NAMES = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
     "C64": "complex64",
 }
 
-_SMALLER_THAN_A_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
+_ACROSS_BYTES = frozenset({"F6_E2M3", "F6_E3M2"})
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items() if hasattr(torch, torch_name)
 }
-"""Names of dtypes in safetensors headers, as far as the installed torch has them."""
+"""Names of dtypes in safetensors headers, as far as the installed torch has them (an element of its F4 is a pair)."""
 
 
 def named_dtype(name: str, *, weight: str, file: str) -> torch.dtype:
@@ -60,9 +61,9 @@ def named_dtype(name: str, *, weight: str, file: str) -> torch.dtype:
     """
     if name in DTYPES:
         return DTYPES[name]
-    if name in _SMALLER_THAN_A_BYTE:
+    if name in _ACROSS_BYTES:
         raise CheckpointError(
-            f"dtype {name} packs more than one element into a byte, which odewei does not read",
+            f"dtype {name} packs its elements across bytes, and torch has no dtype for it",
             weight=weight,
             file=file,
             cure="Save the packed bytes as U8, as most quantisation libraries do, or use a checkpoint in another dtype",

@@ -21,12 +21,13 @@ import torch
 
 from odewei.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError, WeightReadError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
-from odewei.loaders.file_loader import FileLoader, open_header, read_span
+from odewei.loaders.file_loader import FileLoader, open_again, open_header, read_span
+from odewei.loaders.names import Rename
 from odewei.loaders.tensors import check_plain, contiguous_stride
+from odewei.loaders.zip_members import data_offset
 
 __all__ = ["TorchLoader"]
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 _RESAVE = "Load it where you trust it and save it again with torch.save, or convert it to safetensors"
 _DOWNLOAD = "Download the file again; if it is whole, save it again with torch.save"
 
@@ -44,8 +45,10 @@ class TorchLoader(FileLoader):
         key: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        rename: Rename | None = None,
+        prefix: str = "",
     ) -> None:
-        super().__init__(path, device=device, dtype=dtype)
+        super().__init__(path, device=device, dtype=dtype, rename=rename, prefix=prefix)
         self.key = key
         self._mapped: dict[str, torch.Tensor] = {}
         self._file: CheckpointFile | None = None
@@ -154,15 +157,10 @@ def _entries(stream: BinaryIO, file: CheckpointFile) -> dict[int, int]:
 
 
 def _place(member: zipfile.ZipInfo, stream: BinaryIO, file: CheckpointFile) -> tuple[int, int]:
-    """First byte and length of a member's data. The directory does not say; the header before the data does."""
+    """First byte and length of a member's data."""
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size or member.flag_bits & 1:
         raise zipfile.BadZipFile(f"entry {member.filename!r} is compressed or encrypted, torch.save does neither")
-    stream.seek(member.header_offset)
-    signature, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
-    begin = member.header_offset + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
-    if signature != b"PK\x03\x04" or begin + member.file_size > file.size:
-        raise zipfile.BadZipFile(f"entry {member.filename!r} is not where the directory says")
-    return begin, member.file_size
+    return data_offset(member, stream, file.size), member.file_size
 
 
 def _load(source: BinaryIO | os.PathLike[str], file: CheckpointFile) -> object:
@@ -220,18 +218,8 @@ def _copy_mapped(info: WeightInfo, tensor: torch.Tensor, file: CheckpointFile, b
     """Copy a mapped tensor's bytes. The file's size is looked at first: touching a page beyond its end kills."""
     if buffer.nbytes != info.nbytes:
         raise ValueError(f"{info.name} has {info.nbytes} bytes, the buffer {buffer.nbytes}")
-    try:
-        with open(file.path, "rb") as stream:
-            file.check_unchanged(stream.fileno(), weight=info.name)
-            count = info.nbytes // info.dtype.itemsize
-            if count:
-                target = torch.frombuffer(buffer, dtype=torch.uint8)
-                target.copy_(tensor.detach().as_strided((count,), (1,)).view(torch.uint8))
-            file.check_unchanged(stream.fileno(), weight=info.name)
-    except OSError as error:
-        raise WeightReadError(
-            f"the file can no longer be opened ({error.strerror})",
-            weight=info.name,
-            file=str(file.path),
-            cure="Put the file back",
-        ) from error
+    with open_again(file, info.name):
+        count = info.nbytes // info.dtype.itemsize
+        if count:
+            target = torch.frombuffer(buffer, dtype=torch.uint8)
+            target.copy_(tensor.detach().as_strided((count,), (1,)).view(torch.uint8))

@@ -13,6 +13,9 @@ Few large reads matter more than the copy that they save: while the model comput
 has to wake up costs it milliseconds of waiting for a core.
 
 A buffered read can begin anywhere and goes straight to its place unless it casts.
+
+The stretches of a gathered weight go each to its own place, a large one in place too: the whole pages of the slab that
+it fills are read from the pages of the file that hold their bytes, and moved down by up to a page.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
+from odewei.scheduler.gather_plan import cut_at_pages, runs_in_files
 from odewei.scheduler.slabs import ALIGNMENT, PAGE, round_up, slab_bytes
 
 __all__ = [
@@ -41,6 +46,9 @@ __all__ = [
 
 _IN_PLACE_FROM = 1 << 20  # shorter stretches are not worth their page of slack at either end
 _LARGEST_GAP = PAGE  # read over a gap this small rather than starting anew
+_PLACED_FROM = 1 << 16  # shorter stretches of a gathered weight are copied, many of them with one read
+
+_Item = TypeVar("_Item", "tuple[Wanted, Span]", "tuple[Wanted, Span, int]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +215,11 @@ class _Layout:
             self._read_in_place(piece)
         for piece in filter(None, others):
             self._read_piecewise(piece)
-        self._read_from_loader([weight for weight in wanted if weight.info.span is None and weight.nbytes])
+        elsewhere = [weight for weight in wanted if weight.info.span is None and weight.nbytes]
+        gathered = [(weight, runs) for weight in elsewhere if (runs := runs_in_files(weight.info)) is not None]
+        self._read_gathered(gathered)
+        by_loader = [weight for weight in elsewhere if weight.name not in {weight.name for weight, _ in gathered}]
+        self._read_from_loader(by_loader)
         placements = tuple(
             Placement(
                 weight.name,
@@ -255,11 +267,41 @@ class _Layout:
             if self.settings.direct or weight.casts:
                 via_scratch.append((weight, span, offset))
                 continue
-            for start in range(0, span.nbytes, self.settings.chunk_bytes):
-                length = min(self.settings.chunk_bytes, span.nbytes - start)
-                self.reads.append(PlacedRead(span.file, span.offset + start, length, length, offset + start))
+            self._read_straight(span, offset)
         if via_scratch:
             self.reads.extend(self._copied_reads(via_scratch))
+
+    def _read_straight(self, span: Span, slab_offset: int) -> None:
+        """In chunks that begin anywhere, through the page cache."""
+        for start in range(0, span.nbytes, self.settings.chunk_bytes):
+            length = min(self.settings.chunk_bytes, span.nbytes - start)
+            self.reads.append(PlacedRead(span.file, span.offset + start, length, length, slab_offset + start))
+
+    def _read_gathered(self, gathered: Sequence[tuple[Wanted, list[tuple[Span, int]]]]) -> None:
+        """Each stretch to its own place; what is copied of all these weights is read in the order of the files."""
+        copied: list[tuple[Wanted, Span, int]] = []
+        for weight, runs in gathered:
+            base = self._place(weight)
+            for span, at in runs:
+                target = base + at // weight.info.dtype.itemsize * weight.dtype.itemsize
+                if weight.casts or span.nbytes < (_IN_PLACE_FROM if self.settings.direct else _PLACED_FROM):
+                    copied.append((weight, span, target))
+                elif self.settings.direct:
+                    head, (middle, place), tail = cut_at_pages(span, target)
+                    self._read_pages(middle, place)
+                    copied.extend((weight, *end) for end in (head, tail) if end[0].nbytes)
+                else:
+                    self._read_straight(span, target)
+        for piece in _runs(copied):
+            self.reads.extend(self._copied_reads(piece))
+
+    def _read_pages(self, span: Span, slab_offset: int) -> None:
+        """Whole pages of the slab, in chunks, from wherever their bytes are in the file."""
+        shift = span.offset % PAGE
+        for start in range(0, span.nbytes, self.settings.chunk_bytes):
+            length = min(self.settings.chunk_bytes, span.nbytes - start)
+            first = span.offset - shift + start
+            self.reads.append(PlacedRead(span.file, first, length, length + shift, slab_offset + start, shift))
 
     def _copied_reads(self, piece: list[tuple[Wanted, Span, int]]) -> Iterator[CopiedRead]:
         """Cut a stretch of a file into scratches; an element that is cast is never cut in two."""
@@ -310,9 +352,9 @@ class _Layout:
             yield tuple(job)
 
 
-def _runs(items: Iterable[tuple[Wanted, Span]]) -> Iterator[list[tuple[Wanted, Span]]]:
+def _runs(items: Iterable[_Item]) -> Iterator[list[_Item]]:
     """Stretches of one file each, in order of offset, without large gaps or overlaps."""
-    run: list[tuple[Wanted, Span]] = []
+    run: list[_Item] = []
     for item in sorted(items, key=lambda item: (str(item[1].file.path), item[1].offset, item[1].nbytes)):
         if run:
             last = run[-1][1]

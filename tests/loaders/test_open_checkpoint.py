@@ -3,12 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError
-from odewei.loaders import SafetensorsLoader, ShardedWeightsLoader, TorchLoader, WeightsLoader, open_checkpoint
+from odewei.loaders import (
+    NumpyLoader,
+    SafetensorsLoader,
+    ShardedWeightsLoader,
+    TorchLoader,
+    WeightsLoader,
+    open_checkpoint,
+)
 
 
 def put(folder: Path, *names: str) -> None:
@@ -23,6 +31,10 @@ def put(folder: Path, *names: str) -> None:
             save_file({name: torch.ones(1)}, path)
         elif name.endswith((".bin", ".pt", ".pth")):
             torch.save({name: torch.ones(1)}, path)
+        elif name.endswith(".npz"):
+            np.savez(path, **{name: np.ones(1, np.float32)})
+        elif name.endswith(".npy"):
+            np.save(path, np.ones(1, np.float32))
         else:
             path.write_text("{}")
 
@@ -35,6 +47,8 @@ def put(folder: Path, *names: str) -> None:
         ("x.bin", TorchLoader),
         ("x.pt", TorchLoader),
         ("x.pth", TorchLoader),
+        ("x.npz", NumpyLoader),
+        ("X.NPZ", NumpyLoader),
         ("x.index.json", ShardedWeightsLoader),
     ],
 )
@@ -56,6 +70,7 @@ ORDER = [
     "other.index.json",
     "other.safetensors",
     "other.pth",
+    "other.npz",
 ]
 
 
@@ -69,9 +84,32 @@ def test_of_several_files_in_a_folder_the_usual_one_is_taken(first: int, tmp_pat
     assert found.keys() == {ORDER[first]}
 
 
+def test_a_folder_of_arrays_is_one_checkpoint(tmp_path: Path) -> None:
+    """All .npy files of a folder together are a checkpoint, if it has no other; wishes reach the loader."""
+    put(tmp_path, "config.json", "x.a.npy", "x.b.npy", "c.npy")
+    loader = open_checkpoint(tmp_path, dtype=torch.float16, prefix="x.", rename={"a": "z"})
+    assert type(loader) is NumpyLoader
+    assert (loader.dtype, loader.weights().keys()) == (torch.float16, {"z", "b"})
+    put(tmp_path, "other.npz")
+    assert open_checkpoint(tmp_path).weights().keys() == {"other.npz"}
+
+
+def test_names_reach_every_kind_of_loader(tmp_path: Path) -> None:
+    """A path with rename gives the model's names, whatever the file is."""
+    for name in ORDER:
+        put(tmp_path, name)
+        assert open_checkpoint(tmp_path / name, rename=lambda _: "w").weights().keys() == {"w"}
+        assert open_checkpoint(tmp_path / name, prefix=name[:3]).weights().keys() == {name[3:]}
+
+
 @pytest.mark.parametrize(
     "names",
-    [("a.index.json", "b.index.json", "c.safetensors"), ("a.safetensors", "b.safetensors", "c.bin"), ("a.bin", "b.pt")],
+    [
+        ("a.index.json", "b.index.json", "c.safetensors"),
+        ("a.safetensors", "b.safetensors", "c.bin"),
+        ("a.bin", "b.pt"),
+        ("a.npz", "b.npz"),
+    ],
 )
 def test_several_candidates_are_listed(names: tuple[str, ...], tmp_path: Path) -> None:
     """Where several files fit, none is guessed."""

@@ -149,11 +149,40 @@ def test_lengths_are_believed_only_as_far_as_the_file_goes(tmp_path: Path, monke
 
 def test_dtypes_that_cannot_be_read_name_the_weight(tmp_path: Path) -> None:
     """A sub-byte dtype is refused with weight, file and dtype, as unsupported and not as corrupt."""
-    path = tmp_path / "f4.safetensors"
-    path.write_bytes(safetensors_bytes({"fine": entry(), "packed": entry("F4", [2], 4, 5)}, b"12345"))
-    with pytest.raises(CheckpointError, match="F4") as caught:
+    path = tmp_path / "f6.safetensors"
+    path.write_bytes(safetensors_bytes({"fine": entry(), "packed": entry("F6_E2M3", [4], 4, 7)}, b"1234567"))
+    with pytest.raises(CheckpointError, match="F6_E2M3") as caught:
         read_header(path)
     assert (caught.value.weight, caught.value.file) == ("packed", str(path))
+    assert not isinstance(caught.value, CorruptCheckpointError)
+
+
+def test_two_elements_in_a_byte_are_read_as_torch_has_them(tmp_path: Path) -> None:
+    """F4 comes out with the dtype and shape in which the reference reads it, and saves it."""
+    path = tmp_path / "f4.safetensors"
+    expected = {f"w{i}": random_tensor(DTYPES["F4"], shape, i) for i, shape in enumerate([(6,), (2, 3), (4, 1), (0,)])}
+    save_file(expected, path)
+    with safetensors.safe_open(path, "pt") as reference:
+        for name, found in SafetensorsLoader(path)("module", list(expected)).items():
+            assert_same(found, expected[name])
+            assert_same(found, reference.get_tensor(name))
+
+
+@pytest.mark.parametrize(("shape", "nbytes"), [((3,), 2), ((3,), 1), ((), 1), ((), 0), ((2, 3), 2)])
+def test_half_bytes_at_the_end_are_corrupt(shape: tuple[int, ...], nbytes: int, tmp_path: Path) -> None:
+    """An F4 tensor of no whole number of bytes, or of another number, is refused as by the reference."""
+    content = safetensors_bytes({"a": entry("F4", shape, 0, nbytes)}, bytes(nbytes))
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match="takes"):
+        read_header(tmp_path / "f")
+    assert accepted_by_reference(content) is None
+
+
+def test_rows_that_end_within_a_byte_are_refused(tmp_path: Path) -> None:
+    """What the format allows and no tensor can be is unsupported, not corrupt."""
+    (tmp_path / "f").write_bytes(safetensors_bytes({"a": entry("F4", (2, 3), 0, 3)}, b"123"))
+    with pytest.raises(CheckpointError, match=r"within a byte.*'a'.*U8") as caught:
+        read_header(tmp_path / "f")
     assert not isinstance(caught.value, CorruptCheckpointError)
 
 
@@ -232,7 +261,8 @@ def assert_never_laxer(path: Path, content: bytes) -> bool:
         for name, (dtype, shape, data) in reference.items():
             info = ours[name]
             assert info.span is not None
-            assert (info.dtype, info.shape) == (DTYPES[dtype], shape)
+            pairs = (*shape[:-1], shape[-1] // 2) if dtype == "F4" else shape
+            assert (info.dtype, info.shape) == (DTYPES[dtype], pairs)
             assert content[info.span.offset : info.span.offset + info.span.nbytes] == data
     return (ours is None) == (reference is None)
 
@@ -257,10 +287,12 @@ def headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
         st.lists(st.text(max_size=4).filter(lambda name: name != "__metadata__"), max_size=4, unique=True)
     ):
         dtype = draw(st.sampled_from(sorted(DTYPES)))
-        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        shape = draw(st.lists(st.integers(0, 3), min_size=dtype == "F4", max_size=3))
         end = begin + ITEMSIZES[dtype]
         for size in shape:
             end = begin + (end - begin) * size
+        if dtype == "F4":
+            shape[-1] *= 2
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
         begin = end
     keys = draw(st.permutations(sorted(header)))
@@ -302,7 +334,8 @@ def test_wrong_values_are_judged_as_by_the_reference(
         header[names[which % len(names)]][mutation[0]] = mutation[1]
     content = safetensors_bytes(header, b"\0" * max(nbytes + extra, 0))
     agree = assert_never_laxer(tmp_path / "f", content)
-    assert agree or any(isinstance(size, int) and size >= 2**31 for size in mutation[1])
+    half = any(entry["dtype"] == "F4" for name, entry in header.items() if name in names)  # which torch cannot hold
+    assert agree or half or any(isinstance(size, int) and size >= 2**31 for size in mutation[1])
 
 
 @SETTINGS

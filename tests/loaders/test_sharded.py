@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -31,6 +32,8 @@ def write_index(folder: Path, weight_map: dict[str, str], key: str = "weight_map
 def save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
     if path.suffix == ".safetensors":
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
     else:
         torch.save(tensors, path)
 
@@ -71,9 +74,9 @@ def test_arguments_are_taken_by_position(tmp_path: Path) -> None:
 
 
 def test_kinds_of_shards_can_be_mixed(tmp_path: Path) -> None:
-    """safetensors and torch files may stand in one index."""
+    """safetensors, torch and NumPy files may stand in one index."""
     tensors = {f"w{i}": torch.full((2,), float(i)) for i in range(4)}
-    loader = ShardedWeightsLoader(save_shards(tensors, tmp_path, [".safetensors", ".bin", ".pt"]), tmp_path)
+    loader = ShardedWeightsLoader(save_shards(tensors, tmp_path, [".safetensors", ".bin", ".pt", ".npz"]), tmp_path)
     for name, found in loader("module", list(tensors)).items():
         assert_same(found, tensors[name])
 

@@ -8,8 +8,9 @@ import torch
 
 from odewei.errors import CheckpointError, WeightReadError
 from odewei.loaders import StateDictLoader
+from odewei.loaders.tensors import DTYPES
 
-from .conformance import LoaderConformance, assert_same, random_tensor, read_bytes
+from .conformance import COMPLEX, LoaderConformance, assert_same, random_tensor, read_bytes
 
 
 class TestStateDictLoader(LoaderConformance):
@@ -17,6 +18,7 @@ class TestStateDictLoader(LoaderConformance):
 
     has_spans = False
     keeps_strides = True
+    dtypes = DTYPES | COMPLEX
 
     def make(self, tensors: dict[str, torch.Tensor], folder: Path, **options: Any) -> StateDictLoader:
         return StateDictLoader(tensors, **options)

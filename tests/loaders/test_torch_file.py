@@ -17,14 +17,16 @@ from hypothesis import strategies as st
 
 from odewei.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError, WeightReadError
 from odewei.loaders import TorchLoader, WeightInfo
+from odewei.loaders.tensors import DTYPES
 
-from .conformance import LoaderConformance, assert_same, bits, random_tensor, read_bytes
+from .conformance import COMPLEX, LoaderConformance, assert_same, bits, random_tensor, read_bytes
 
 
 class TestTorchLoader(LoaderConformance):
     """The suite over one file."""
 
     keeps_strides = keeps_gaps = True
+    dtypes = DTYPES | COMPLEX
 
     def make(self, tensors: dict[str, torch.Tensor], folder: Path, **options: Any) -> TorchLoader:
         torch.save(tensors, folder / "model.pt")

@@ -10,12 +10,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from odewei.loaders import Concat, GatheringLoader, Recipe, Stack, view_as_weight
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightsLoader
+from odewei.loaders.file_loader import read_span
+from odewei.loaders.tensors import contiguous_stride
+from odewei.scheduler import gather_plan
 from odewei.scheduler import read_plan as module
 from odewei.scheduler.budget import Budget
 from odewei.scheduler.read_plan import CopiedRead, LoaderRead, PlacedRead, ReadSettings, UnitReadPlan, Wanted
 from odewei.scheduler.reader import FileTable, PlannedUnit
 from odewei.scheduler.slabs import ALIGNMENT, PAGE, SlabPool
+from tests.recipes import made_by_torch, recipes
 
 CHUNK = SCRATCH = 8192
 DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.bool]
@@ -133,6 +138,12 @@ class CaseLoader(WeightsLoader):
 
 def execute(case: Case, plan: UnitReadPlan, *, direct: bool, order: random.Random) -> dict[str, torch.Tensor]:
     """Run the jobs of the case's plan in random order into memory that held something else before."""
+    return execute_with(case.wanted, CaseLoader(case), plan, direct=direct, order=order)
+
+
+def execute_with(
+    wanted: list[Wanted], loader: WeightsLoader, plan: UnitReadPlan, *, direct: bool, order: random.Random
+) -> dict[str, torch.Tensor]:
     files = FileTable(direct=direct, scratch_bytes=SCRATCH)
     files.scratch()[:] = 0xAA
     pool = SlabPool(Budget(plan.nbytes))
@@ -140,7 +151,7 @@ def execute(case: Case, plan: UnitReadPlan, *, direct: bool, order: random.Rando
     assert slab is not None
     view = pool.lend(slab)
     view[:] = 0x55
-    reader = PlannedUnit(case.wanted, ReadSettings(direct, CHUNK, SCRATCH), CaseLoader(case))
+    reader = PlannedUnit(wanted, ReadSettings(direct, CHUNK, SCRATCH), loader)
     assert reader.nbytes == plan.nbytes
     assert reader.plan == plan
     jobs = list(reader.jobs())
@@ -286,3 +297,155 @@ def test_a_unit_without_weights_has_an_empty_plan() -> None:
     """Nothing to read, no room needed."""
     plan = UnitReadPlan.make([], ReadSettings(True))
     assert (plan.nbytes, plan.placements, plan.jobs) == (0, (), ())
+
+
+class Dealt(WeightsLoader):
+    """Weights that lie in a file one after another in random order, ``gap`` bytes apart; the last are in no file. Those
+    of ``turned`` lie there with strides of their own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, torch.Tensor],
+        gap: int,
+        seed: int,
+        without_file: int = 0,
+        turned: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__()
+        noise = random.Random(seed)
+        self.tensors = {name: tensor.mT if name in turned else tensor for name, tensor in tensors.items()}
+        names = sorted(tensors)
+        noise.shuffle(names)
+        content = bytearray(noise.randbytes(gap))
+        starts: dict[str, int] = {}
+        for name in names[: len(names) - without_file]:
+            starts[name] = len(content)
+            content += self.raw(name) + noise.randbytes(gap)
+        (folder / "dealt").write_bytes(content)
+        file = CheckpointFile.stat(folder / "dealt")
+        self.infos = {
+            name: WeightInfo(
+                name,
+                tensor.dtype,
+                tuple(tensor.shape),
+                Span(file, starts[name], tensor.nbytes) if name in starts else None,
+                tuple(reversed(contiguous_stride(tensor.shape[::-1]))) if name in turned else None,
+            )
+            for name, tensor in tensors.items()
+        }
+
+    def raw(self, name: str) -> bytes:
+        return self.tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    def weights(self) -> dict[str, WeightInfo]:
+        return self.infos
+
+    def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
+        if info.span is None:
+            buffer[:] = self.raw(info.name)
+        else:
+            read_span(info, buffer)
+
+
+@given(
+    case=recipes(times=3000),
+    kind=st.sampled_from([(torch.uint8, torch.uint8), (torch.float32, torch.float32), (torch.float16, torch.float32)]),
+    gap=st.sampled_from([0, 0, 1, 64, 5000]),
+    direct=st.booleans(),
+    long=st.sampled_from([1, 3000, 1 << 20]),
+    most_runs=st.sampled_from([2, 1024]),
+    without_file=st.sampled_from([0, 0, 0, 1]),
+    turns=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@example(  # long stretches, each with another distance between its places in the file and in the slab
+    case=(Stack([Concat(["w0", "w1"]), Concat(["w2", "w3"])]), {f"w{i}": (30_000 + i % 2,) for i in range(4)}),
+    kind=(torch.uint8, torch.uint8), gap=1, direct=True, long=1, most_runs=1024, without_file=0, turns=False, seed=3,
+)  # fmt: skip
+@example(  # sources with strides of their own
+    case=(Stack(["w0", "w1"]), {"w0": (30, 20), "w1": (30, 20)}),
+    kind=(torch.uint8, torch.uint8), gap=0, direct=True, long=1, most_runs=1024, without_file=0, turns=True, seed=0,
+)  # fmt: skip
+@settings(deadline=None, max_examples=200)
+def test_what_is_gathered_is_what_the_loader_gathers(
+    folder: Path,
+    case: tuple[Recipe, dict[str, tuple[int, ...]]],
+    kind: tuple[torch.dtype, torch.dtype],
+    gap: int,
+    direct: bool,
+    long: int,
+    most_runs: int,
+    without_file: int,
+    turns: bool,
+    seed: int,
+) -> None:
+    """Planned reads into the right places, the plain twin, and torch's stack and cat all give the same bytes."""
+    recipe, shapes = case
+    noise = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.randint(0, 200, shape, generator=noise, dtype=torch.uint8).to(kind[0])
+        for name, shape in {**shapes, "plain": (5000,)}.items()
+    }
+    turned = frozenset(name for name, shape in shapes.items() if turns and len(shape) == 2 and 0 not in shape)
+    dealt = Dealt(folder, tensors, gap, seed, without_file, turned)
+    loader = GatheringLoader(dealt, {"made": recipe})
+    infos = loader.weights()
+    wanted = [Wanted(name, infos[name], kind[1]) for name in ("made", "plain")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_IN_PLACE_FROM", long)
+        patch.setattr(module, "_PLACED_FROM", long)
+        patch.setattr(gather_plan, "_MOST_RUNS", most_runs)
+        plan = UnitReadPlan.make(wanted, ReadSettings(direct, CHUNK, SCRATCH))
+        found = execute_with(wanted, loader, plan, direct=direct, order=random.Random(seed))
+    check_placements(plan, wanted)
+    check_reads(plan, direct=direct)
+    raw = torch.empty(infos["made"].nbytes, dtype=torch.uint8)
+    loader.read_into(infos["made"], raw.numpy().data)
+    twin = view_as_weight(raw, infos["made"]).to(kind[1])
+    assert same_bytes(found["made"], twin, cast=False)
+    assert same_bytes(found["made"], made_by_torch(recipe, tensors).to(kind[1]), cast=False)
+    assert same_bytes(found["plain"], tensors["plain"].to(kind[1]), cast=False)
+
+
+def test_experts_are_read_to_where_they_stay(folder: Path) -> None:
+    """Large sources of a stacked weight are read in place whatever their offsets, and only their ends are copied; small
+    ones that lie side by side come with one read.
+    """
+    tensors = {f"w{i}": torch.zeros(3 << 19, dtype=torch.uint8) for i in range(4)}
+    tensors |= {f"s{i}": torch.zeros(100, dtype=torch.uint8) for i in range(4)}
+    made = {"large": Stack(f"w{i}" for i in range(4)), "small": Stack(f"s{i}" for i in range(4))}
+    loader = GatheringLoader(Dealt(folder, tensors, 7, 0), made)
+    infos = loader.weights()
+    wanted = [Wanted(name, infos[name], torch.uint8) for name in made]
+    for direct in (True, False):
+        plan = UnitReadPlan.make(wanted, ReadSettings(direct, 1 << 20, 1 << 20))
+        reads = reads_of(plan)
+        placed = [read for read in reads if isinstance(read, PlacedRead)]
+        assert not any(isinstance(read, LoaderRead) for read in reads)
+        assert sum(read.nbytes for read in placed) > 0.99 * 4 * (3 << 19)
+        assert len(placed) == 8
+        assert all(read.needed == read.nbytes + read.shift for read in placed)
+        assert any(read.shift >= ALIGNMENT for read in placed) == direct
+        copied = [read for read in reads if isinstance(read, CopiedRead)]
+        assert len(copied) <= 6
+        assert sum(read.nbytes for read in copied) <= 6 * 3 * PAGE
+        assert plan.nbytes <= sum(info.nbytes for info in infos.values()) + 2 * PAGE
+
+
+@given(offset=st.integers(0, 10_000), nbytes=st.integers(0, 30_000), place=st.integers(0, 10_000))
+def test_a_stretch_is_cut_into_whole_pages_and_its_ends(folder: Path, offset: int, nbytes: int, place: int) -> None:
+    """Head, middle and tail are the stretch; the middle is whole pages of the slab, the ends are less than one each."""
+    (folder / "pages").write_bytes(b"x")
+    file = CheckpointFile.stat(folder / "pages")
+    pieces = gather_plan.cut_at_pages(Span(file, offset, nbytes), place)
+    assert sum(span.nbytes for span, _ in pieces) == nbytes
+    expected = (offset, place)
+    for span, at in pieces:
+        assert (span.offset, at) == expected
+        expected = (span.offset + span.nbytes, at + span.nbytes)
+    head, middle, tail = pieces
+    assert max(head[0].nbytes, tail[0].nbytes) < PAGE
+    assert middle[0].nbytes % PAGE == 0
+    assert not middle[0].nbytes or middle[1] % PAGE == 0

@@ -1,0 +1,64 @@
+"""Where a member's bytes lie in a zip archive, and how they come out of it in bounded memory.
+
+The format: APPNOTE.TXT 6.3 of PKWARE. Knows archives and bytes; what the members mean is not known here.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+__all__ = ["MAX_DEFLATE_RATIO", "check_disjoint", "data_offset", "inflate"]
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
+_PIECE_NBYTES = 1 << 18
+
+MAX_DEFLATE_RATIO = 1032
+"""A deflated byte holds no more bytes than this: 258 take two bits at least (https://zlib.net/zlib_tech.html)."""
+
+
+def data_offset(member: zipfile.ZipInfo, stream: BinaryIO, file_nbytes: int) -> int:
+    """First byte of a member's data. The directory does not say; the header before the data does.
+
+    Raises BadZipFile if there is no such header, or the data would reach beyond the file; struct.error at its end.
+    """
+    stream.seek(member.header_offset)
+    signature, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
+    begin = member.header_offset + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
+    if signature != b"PK\x03\x04" or begin + member.compress_size > file_nbytes:
+        raise zipfile.BadZipFile(f"entry {member.filename!r} is not where the directory says")
+    return int(begin)
+
+
+def check_disjoint(members: Sequence[tuple[zipfile.ZipInfo, int]]) -> None:
+    """Raise BadZipFile if two members share bytes of the file: that is how small archives claim to hold very much.
+
+    Each member comes with its ``data_offset``.
+    """
+    end, before = 0, ""
+    for member, begin in sorted(members, key=lambda item: item[0].header_offset):
+        if member.header_offset < end:
+            raise zipfile.BadZipFile(f"entry {member.filename!r} overlaps {before!r}")
+        end, before = begin + member.compress_size, member.filename
+
+
+def inflate(stream: BinaryIO, nbytes: int) -> Iterator[bytes]:
+    """The next ``nbytes`` (deflated) bytes of the stream, inflated, in pieces of at most 256 KiB.
+
+    Ends where the data ends. Raises zlib.error for what is not deflated data, or ends within it.
+    """
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    waiting = b""
+    while not inflater.eof:
+        if not waiting:
+            waiting = stream.read(min(nbytes, _PIECE_NBYTES))
+            nbytes -= len(waiting)
+        piece = inflater.decompress(waiting, _PIECE_NBYTES)
+        if not waiting and not piece:
+            raise zlib.error("the deflated data ends too early")
+        waiting = inflater.unconsumed_tail
+        if piece:
+            yield piece
