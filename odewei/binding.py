@@ -25,7 +25,7 @@ from odewei.module_binding import ModuleBinding
 from odewei.placeholder import Origin, Placeholder
 from odewei.scheduler.rows import RowTable
 from odewei.sliced import Sliced, SlicedWeight
-from odewei.survey import Weight, walk
+from odewei.survey import Use, Weight, walk
 from odewei.uncompiled import uncompiled
 
 __all__ = ["Binder"]
@@ -144,6 +144,10 @@ class Binder:
         in_part = isinstance(table, SlicedWeight) and table.is_written()
         written = real is not None and real._version > 0
         return self.load(unit, name) if written or in_part or self._escapes.is_written(unit, name) else None
+
+    def is_streamed(self, use: Use) -> bool:
+        """Whether a module still has the weight there, and not something of the user's."""
+        return self._bindings[use.module].has(use.local_name)
 
     def skeleton(self) -> Skeleton:
         """What stands for the weights in a copy of the model."""

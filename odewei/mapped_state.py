@@ -38,8 +38,11 @@ class MappedState:
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         files: dict[CheckpointFile, mmap.mmap] = {}
         for unit, weight in self._layout.weights():
-            real = self._binder.resident(unit, weight.name)
-            keys = [key for use in weight.uses if _has_values_of(real, state.get(key := prefix + use.name))]
+            keys = [
+                key
+                for use in weight.uses
+                if _is_detached(state.get(key := prefix + use.name)) and self._binder.is_streamed(use)
+            ]
             if not keys:
                 continue
             changed = self._binder.changed(unit, weight.name)
@@ -71,11 +74,9 @@ class MappedState:
             return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
 
 
-def _has_values_of(real: nn.Parameter | None, value: object) -> bool:
-    """Whether ``value`` is the detached parameter, and neither the user's own nor (``keep_vars``) the parameter."""
-    if isinstance(value, Placeholder):
-        return value.is_detached
-    return type(value) is torch.Tensor and real is not None and value.data_ptr() == real.data_ptr()
+def _is_detached(value: object) -> bool:
+    """Whether ``value`` is a detached parameter, and not (``keep_vars``) the parameter itself."""
+    return value.is_detached if isinstance(value, Placeholder) else type(value) is torch.Tensor
 
 
 def _map(file: CheckpointFile) -> mmap.mmap:

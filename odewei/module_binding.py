@@ -149,6 +149,10 @@ class ModuleBinding:
         found = dict.get(self._unbound, local_name) if local_name in self._names else None
         return None if found is None else found.dtype
 
+    def has(self, local_name: str) -> bool:
+        """Whether this parameter is streamed, and not the user's own."""
+        return local_name in self._names or local_name in self._tables
+
     def look_up(self, local_name: str, kept: Any) -> Any:
         """The real parameter, loaded if need be; ``kept`` for what is not streamed. Any thread."""
         if local_name not in self._names:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import odewei
+from odewei.runtime import runtime_of
 from tests import models
 
 
@@ -41,6 +42,19 @@ def test_it_is_the_checkpoint_and_costs_no_memory(name: str, depth: int | str, t
             models.outputs(streamed, models.CASES[name].inputs(0))
         assert odewei.report(streamed).overdrafts == 0
     assert_same(state, model.state_dict())  # it needs no model
+
+
+def test_a_unit_that_leaves_meanwhile_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was in memory when torch collected it, and has left since, becomes a tensor over the file all the same."""
+    build, model, path = both(tmp_path)
+    with models.streamed(build, path) as streamed:
+        models.outputs(streamed, models.CASES["llama"].inputs(0))
+        addresses = {module.weight.data_ptr() for module in streamed.modules() if isinstance(module, nn.Linear)}
+        monkeypatch.setattr(runtime_of(streamed).binder, "resident", lambda unit, name: None)
+        state = streamed.state_dict()
+        monkeypatch.undo()
+        assert not addresses & {tensor.data_ptr() for tensor in state.values()}
+        assert_same(state, model.state_dict())
 
 
 def test_it_can_be_saved(tmp_path: Path) -> None:
