@@ -8,6 +8,7 @@ and is asked for 256 KiB at a time. Names in such files are those of llama.cpp: 
 
 from __future__ import annotations
 
+import logging
 import math
 import struct
 from collections.abc import Callable, Iterator
@@ -68,6 +69,10 @@ _OTHERS = {
     40: "NVFP4",
     41: "Q1_0",
 }
+_TURNED = frozenset({"llama"})
+"""Architectures whose query and key rows the conversion to GGUF puts into another order."""
+
+_log = logging.getLogger("odewei")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_HEADER_NBYTES = 1 << 30
@@ -109,7 +114,8 @@ class GgufLoader(FileLoader):
         file = CheckpointFile.stat(self.path)
         with open_header(file) as stream:
             try:
-                data_start, tensors = _Header(stream, file).read()
+                header = _Header(stream, file)
+                data_start, tensors = header.read()
             except (struct.error, UnicodeDecodeError, EOFError) as error:
                 _refuse(file, "the file is truncated, or no text, within its header", cause=error)
         found = {tensor.name: self._weight(tensor, data_start, file) for tensor in tensors}
@@ -117,6 +123,14 @@ class GgufLoader(FileLoader):
             _refuse(file, "two tensors have the same name")
         if self._quantised:
             _dequantiser(str(self.path))
+        if header.architecture in _TURNED:
+            _log.warning(
+                "%s is of the architecture %r, of which llama.cpp keeps the rows of attn_q and attn_k in another order "
+                "than transformers does; they are read as the file has them, and give wrong results in a model of "
+                "transformers",
+                self.path,
+                header.architecture,
+            )
         return found
 
     def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
@@ -169,6 +183,7 @@ class _Header:
         self._file = file
         self._end = min(file.size, _MAX_HEADER_NBYTES)
         self._alignment = 32
+        self.architecture = ""  # as the metadata says
 
     def read(self) -> tuple[int, list[_Tensor]]:
         """Where the data start, and the tensors. Raises CheckpointError; struct.error and EOFError at the end."""
@@ -189,6 +204,9 @@ class _Header:
 
     def _entry(self) -> None:
         key, kind = self._text(), self._number("I")
+        if key == "general.architecture" and kind == _STRING:
+            self.architecture = self._text()
+            return
         value = self._value(kind, 0)
         if key == "general.alignment":
             if not isinstance(value, int) or value < 1 or value > 1 << 20 or value & (value - 1):

@@ -205,3 +205,15 @@ def test_mutilated_files_are_refused_or_read_within_the_file(tmp_path: Path, edi
     for info in infos:
         assert info.span is not None
         assert 0 < info.span.offset <= info.span.offset + info.span.nbytes <= len(content)
+
+
+@pytest.mark.parametrize(("architecture", "warns"), [("llama", True), ("qwen2", False)])
+def test_rows_in_another_order_are_warned_of(
+    architecture: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the conversion to GGUF has turned rows, results would be wrong in silence."""
+    metadata = (text("general.architecture") + struct.pack("<I", 8) + text(architecture),)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes([("blk.0.attn_q.weight", (2, 2), 0, bytes(16))], metadata))
+    GgufLoader(path).weights()
+    assert ("attn_q and attn_k" in caplog.text) == warns
