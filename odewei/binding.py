@@ -20,6 +20,7 @@ from torch import nn
 from odewei.copies import Skeleton
 from odewei.errors import ModelError
 from odewei.escapes import Escapes
+from odewei.in_parts import InParts
 from odewei.looked_up import LookedUp
 from odewei.module_binding import ModuleBinding
 from odewei.placeholder import Origin, Placeholder
@@ -83,8 +84,8 @@ class Binder:
         for name, module, _ in walk(model):
             found = placeholders.get(name)
             if found is not None:
-                names = tuple(local for local, made in found.items() if not isinstance(made, LookedUp | Sliced))
-                tables = tuple(local for local, made in found.items() if isinstance(made, LookedUp | Sliced))
+                names = tuple(local for local, made in found.items() if not isinstance(made, InParts))
+                tables = tuple(local for local, made in found.items() if isinstance(made, InParts))
                 names = kinds.setdefault(names, names)
                 binding = ModuleBinding(module, names, tables, self)
                 binding.install(found)

@@ -2,8 +2,7 @@
 
 It is what a module's attribute *and* iterating its parameters hand out for such a table. What is done with it decides,
 not which module does it: a look-up takes rows; questions about shape, dtype, device and the like are answered at once;
-anything else loads the whole table and goes on with the real tensor. That happens where torch calls a function, above
-its decompositions, so that every function runs as it does for a resident model, to the last bit.
+anything else loads the whole table and goes on with the real tensor (see ``in_parts``).
 
 Look-ups whose ids are not plain numbers in memory (under ``vmap``, tracers and dispatch modes, which want to see every
 operation) take the whole table too.
@@ -12,47 +11,25 @@ operation) take the whole table too.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from odewei.placeholder import Origin, Placeholder, with_real
+from odewei.in_parts import InParts, is_watched
+from odewei.placeholder import Origin
 from odewei.scheduler.row_slots import Ids
 from odewei.scheduler.rows import RowTable
 
-__all__ = ["ANSWERED", "LookedUp", "is_watched"]
-
-_DESCRIPTION = """
-    __len__ detach device dim dtype element_size get_device grad grad_fn is_complex is_conj is_contiguous is_cpu is_cuda
-    is_floating_point is_inference is_leaf is_meta is_mkldnn is_mps is_neg is_nested is_pinned is_quantized is_signed
-    is_sparse is_sparse_csr is_xla is_xpu itemsize layout name nbytes ndim ndimension nelement numel output_nr
-    requires_grad requires_grad_ retains_grad shape size storage_offset stride
-"""
+__all__ = ["LookedUp"]
 
 
-def _functions(name: str) -> Iterator[Any]:
-    """What torch calls when a tensor is asked for this: a method, a property's getter and setter, or a function."""
-    of_tensor = getattr(torch.Tensor, name)
-    yield of_tensor if callable(of_tensor) else of_tensor.__get__
-    if name in ("grad", "requires_grad"):
-        yield of_tensor.__set__
-    function = getattr(torch, name, None)
-    if callable(function) and not isinstance(function, type):
-        yield function
-
-
-ANSWERED = frozenset(function for name in _DESCRIPTION.split() for function in _functions(name))
-"""What is answered without loading anything: the weight's description."""
-
-
-class LookedUp(Placeholder):
+class LookedUp(InParts):
     """Made with :meth:`of`."""
 
     _table: RowTable
-    _resident: Callable[[], nn.Parameter | None]
 
     @classmethod
     def of(
@@ -67,25 +44,9 @@ class LookedUp(Placeholder):
         return made
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func in ANSWERED:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        if torch.compiler.is_compiling():  # reading is nothing to be compiled: the graph breaks here
-            return torch.compiler.disable(_answer)(func, args, kwargs)  # type: ignore[no-untyped-call]
-        return _answer(func, args, kwargs)
-
-
-def _answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
-    arguments = _LOOK_UPS.get(func)
-    found = arguments and _look_up(func, *arguments(*args, **(kwargs or {})))
-    return with_real(func, args, kwargs) if found is None else found
+    def _from_a_part(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        arguments = _LOOK_UPS.get(func)
+        return arguments and _look_up(func, *arguments(*args, **kwargs))
 
 
 def _of_functional(
@@ -145,8 +106,3 @@ def _as_rows(ids: torch.Tensor, rows: int) -> Ids | None:
     except (RuntimeError, TypeError):  # no values in host memory: batched, fake, meta, another device or layout
         return None
     return found if not len(found) or (found.min() >= 0 and found.max() < rows) else None
-
-
-def is_watched() -> bool:
-    """Whether somebody records operations, or replaces them: rows that come from nowhere would mislead them."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None

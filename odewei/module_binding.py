@@ -21,9 +21,8 @@ import torch
 from torch import nn
 
 from odewei.copies import Skeleton, refuse_copy
-from odewei.looked_up import LookedUp
+from odewei.in_parts import InParts
 from odewei.placeholder import Placeholder
-from odewei.sliced import Sliced
 
 if TYPE_CHECKING:
     from odewei.binding import Binder
@@ -216,7 +215,7 @@ class ModuleBinding:
     def _take_back(self, local_name: str, placeholder: Placeholder) -> None:
         """It is streamed again."""
         del self._replaced[local_name]  # type: ignore[union-attr, unused-ignore]
-        if isinstance(placeholder, LookedUp | Sliced):
+        if isinstance(placeholder, InParts):
             self._tables += (local_name,)
         else:
             self._names += (local_name,)

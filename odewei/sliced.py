@@ -1,9 +1,7 @@
 """A weight that holds the experts of a layer one after another: taking one, ``weight[i]``, reads that expert's piece.
 
 As for tables (``looked_up``), what is done with the weight decides, not which module does it: a single place of the
-first dimension is read by itself; questions about shape, dtype, device and the like are answered at once; anything else
-loads the whole weight and goes on with the real tensor, where torch calls a function, so that every function runs as
-it does for a resident model, to the last bit.
+first dimension is read by itself; anything else takes the whole weight (see ``in_parts``).
 
 The pieces of one expert are one unit of the scheduler, the whole of each weight is another. Whichever of the two is
 written to stays in memory. What was written into pieces is copied into the whole whenever the whole is used, and while
@@ -24,8 +22,8 @@ import torch
 from torch import nn
 
 from odewei.experts import ExpertPlan, piece_name
-from odewei.looked_up import ANSWERED, is_watched
-from odewei.placeholder import Origin, Placeholder, with_real
+from odewei.in_parts import InParts, is_watched
+from odewei.placeholder import Origin
 
 __all__ = ["Experts", "Sliced", "SlicedWeight"]
 
@@ -168,11 +166,10 @@ class SlicedWeight:
                     self._copied[place] = version
 
 
-class Sliced(Placeholder):
+class Sliced(InParts):
     """Made with :meth:`of`."""
 
     sliced: SlicedWeight
-    _resident: Callable[[], nn.Parameter | None]
 
     @classmethod
     def of(
@@ -189,28 +186,11 @@ class Sliced(Placeholder):
         return made
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func in ANSWERED:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        if torch.compiler.is_compiling():  # reading is nothing to be compiled: the graph breaks here
-            return torch.compiler.disable(_answer)(func, args, kwargs)  # type: ignore[no-untyped-call]
-        return _answer(func, args, kwargs)
-
-
-def _answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
-    if func is torch.Tensor.__getitem__ and isinstance(args[0], Sliced) and not is_watched():
+    def _from_a_part(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if func is not torch.Tensor.__getitem__ or not isinstance(args[0], Sliced) or is_watched():
+            return None
         weight, index = args
-        found = weight.sliced.take(index) if weight._resident() is None else None  # a whole may have been written to
-        if found is not None:
-            return found
-    return with_real(func, args, kwargs)
+        return weight.sliced.take(index) if weight._resident() is None else None  # a whole may have been written to
 
 
 def _as_place(index: Any) -> int | None:
