@@ -31,6 +31,9 @@ from odewei.uncompiled import uncompiled
 
 __all__ = ["Binder"]
 
+Originals = dict[int, tuple[nn.Parameter, Placeholder]]
+"""Parameters that modules were built with, each once, by their ids, with what replaces them."""
+
 
 class Binder:
     """All module bindings of a model, and the tensors of its resident units. The scheduler's client.
@@ -67,19 +70,14 @@ class Binder:
                     made = self._placeholder(index, weight.name, weight.shape, *infos(weight))
                 for use in weight.uses:
                     placeholders.setdefault(use.module, {})[use.local_name] = made
-        originals = {
-            id(parameter): (parameter, made)
-            for name, module, _ in walk(model)
-            for local, made in placeholders.get(name, {}).items()
-            if (parameter := module._parameters[local]) is not None
-        }
-        self._bindings = dict(self._take_over(model, placeholders))
+        originals: Originals = {}
+        self._bindings = dict(self._take_over(model, placeholders, originals))
         _replace_kept_aside(originals)
 
     def _take_over(
-        self, model: nn.Module, placeholders: Mapping[str, Mapping[str, Placeholder]]
+        self, model: nn.Module, placeholders: Mapping[str, Mapping[str, Placeholder]], originals: Originals
     ) -> Iterator[tuple[str, ModuleBinding]]:
-        """Replace the parameters of the modules, by name, with placeholders."""
+        """Replace the parameters of the modules, by name, with placeholders; add what was replaced to ``originals``."""
         kinds: dict[tuple[str, ...], tuple[str, ...]] = {}  # thousands of modules have the same names
         for name, module, _ in walk(model):
             found = placeholders.get(name)
@@ -87,6 +85,10 @@ class Binder:
                 names = tuple(local for local, made in found.items() if not isinstance(made, InParts))
                 tables = tuple(local for local, made in found.items() if isinstance(made, InParts))
                 names = kinds.setdefault(names, names)
+                for local, made in found.items():
+                    parameter = module._parameters[local]
+                    assert parameter is not None, "a weight without a parameter"
+                    originals[id(parameter)] = parameter, made
                 binding = ModuleBinding(module, names, tables, self)
                 binding.install(found)
                 yield name, binding
@@ -235,7 +237,7 @@ class Binder:
         return tensors[name], functools.partial(self._release, unit)
 
 
-def _replace_kept_aside(originals: dict[int, tuple[nn.Parameter, Placeholder]]) -> None:
+def _replace_kept_aside(originals: Originals) -> None:
     """Parameters that the model was built with and that somebody still has (a list, a function) have no values, and
     torch would compute with them all the same: they become placeholders, which load theirs.
     """

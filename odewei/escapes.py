@@ -26,13 +26,16 @@ class Escapes:
         self._held: dict[int, dict[str, _Held]] = {}
 
     def note(self, unit: int, parameters: Parameters) -> None:
-        """A unit leaves. ``parameters`` are emptied; who else has one of them holds it."""
+        """A unit leaves. ``parameters`` are emptied; who else has one of them holds it.
+
+        One that was written to since the unit was chosen to leave is kept, whether or not somebody holds it.
+        """
         found = {}
         while parameters:
             name, parameter = parameters.popitem()
             held = _Held(parameter)
             del parameter
-            if held.parameter() is not None:
+            if held.parameter() is not None or held.is_written():
                 found[name] = held
             else:
                 held.end()

@@ -21,7 +21,10 @@ def uncompiled(function: F) -> F:
     """A decorator: neither the function nor what it calls is ever compiled."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = "odewei reads weights here"  # type: ignore[attr-defined]
-    eval_frame = torch._C._dynamo.eval_frame
-    skip = eval_frame._FrameAction.SKIP
-    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    try:
+        eval_frame = torch._C._dynamo.eval_frame
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    except AttributeError:  # another torch: the public way, at its price
+        return torch.compiler.disable(function)  # type: ignore[no-untyped-call, no-any-return]
     return function

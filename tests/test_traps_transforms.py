@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 
 import odewei
+from odewei.uncompiled import uncompiled
 from tests import models as zoo
 from tests.traps import DEPTHS, Blocks, rows, twins
 
@@ -137,3 +138,15 @@ def test_jit_trace_of_the_module(tmp_path: Path) -> None:
         traced = torch.jit.trace(streamed, (rows(1),), check_trace=False)
         assert torch.equal(traced(rows(2)), model(rows(2)))
         assert torch.equal(streamed(rows(3)), model(rows(3)))
+
+
+def test_another_torch_without_the_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has no such strategy for frames, the public way is taken."""
+    monkeypatch.setattr(torch._C._dynamo, "eval_frame", object())
+    asked = []
+    monkeypatch.setattr(torch.compiler, "disable", lambda function: asked.append(function) or function)
+
+    def read() -> None: ...
+
+    assert uncompiled(read) is read
+    assert asked == [read]
