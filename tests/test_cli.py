@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -128,3 +130,46 @@ def test_main_runs_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         cli.main()
     assert ended.value.code == 0
     assert "Usage: odewei" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_with_status_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt within any command is one word and the status that shells expect."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(show, "run_demo", interrupted)
+    result = invoke(*TINY, "--cache-dir", tmp_path)
+    assert result.exit_code == 130
+    assert result.output.splitlines() == ["interrupted"]
+
+
+def test_errors_of_the_system_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system refuses is named with its file, and ends with status 1."""
+
+    def refused(*_: object) -> None:
+        (tmp_path / "not there").read_bytes()
+
+    monkeypatch.setattr(show, "run_demo", refused)
+    result = invoke(*TINY, "--cache-dir", tmp_path)
+    assert result.exit_code == 1
+    assert result.output.splitlines() == [f"Error: [Errno 2] No such file or directory: '{tmp_path / 'not there'}'"]
+
+
+def test_every_command_is_registered_under_its_own_name() -> None:
+    """The list in the package names modules that have a command of that name, and the help lists each of them."""
+    listed = invoke("--help").output
+    for name in cli.COMMANDS:
+        command = cli.group().get_command(click.Context(cli.group()), name)
+        assert command is not None
+        assert command.name == name
+        assert f"\n  {name} " in listed
+    assert invoke("nothing").exit_code == 2
+
+
+def test_help_does_not_import_what_commands_do() -> None:
+    """Only a command that runs imports the demonstration and its terminal output."""
+    script = "import sys; from odewei import cli; cli.group()(['--help'], standalone_mode=False)\n"
+    script += "print([name for name in sys.modules if name.startswith('odewei.demo.show')])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

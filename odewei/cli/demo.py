@@ -1,0 +1,44 @@
+"""``odewei demo``: the demonstration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from odewei.cli.common import NBYTES
+from odewei.demo.needs import default_cache_dir
+
+__all__ = ["command"]
+
+
+@click.command("demo")
+@click.option("--size", default="2GiB", show_default=True, type=NBYTES, help="Weights of the large model.")
+@click.option("--budget", type=NBYTES, help="Memory for its weights.  [default: a quarter of them]")
+@click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=default_cache_dir,
+    help="Where the large checkpoint is written once.  [default: the user's cache]",
+)
+@click.option("--io", type=click.Choice(["direct", "buffered", "auto"]), default="direct", show_default=True)
+@click.option("--tokens", type=click.IntRange(1, 4096), default=64, show_default=True, help="Tokens a pass.")
+@click.option("--passes", type=click.IntRange(1), default=3, show_default=True, help="Measured passes a mode.")
+@click.option("--only", type=click.Choice(["real-weights", "real-size"]), help="One of the two parts.")
+@click.pass_context
+def command(
+    context: click.Context,
+    size: int,
+    budget: int | None,
+    cache_dir: Path,
+    io: Literal["direct", "buffered", "auto"],
+    tokens: int,
+    passes: int,
+    only: Literal["real-weights", "real-size"] | None,
+) -> None:
+    """Real weights and a real size: streamed and resident, side by side."""
+    from odewei.demo.show import DemoSettings, run_demo
+
+    equal = run_demo(DemoSettings(cache_dir, size, budget, io, tokens, passes, only))
+    context.exit(0 if equal else 1)
