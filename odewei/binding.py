@@ -5,6 +5,7 @@ Modules are held weakly, so that nothing here keeps a model alive.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import sys
@@ -38,7 +39,7 @@ Originals = dict[int, tuple[nn.Parameter, Placeholder]]
 class Binder:
     """All module bindings of a model, and the tensors of its resident units. The scheduler's client.
 
-    ``publish`` and ``retract`` are called by the driver only; everything else by any thread.
+    ``publish`` and ``retract`` are called by whoever decides, one at a time; everything else by any thread.
     """
 
     def __init__(
@@ -47,14 +48,16 @@ class Binder:
         units: Sequence[Sequence[Weight]],
         infos: Callable[[Weight], tuple[torch.dtype, tuple[int, ...] | None]],
         tables: Mapping[str, RowTable | SlicedWeight],
+        device: torch.device,
     ) -> None:
         """``units[i]`` are the weights of unit i; ``infos`` gives each one's dtype when bound, and its stride;
-        ``tables`` are those that are only looked up, or taken expert by expert.
+        ``tables`` are those that are only looked up, or taken expert by expert; ``device`` is where all are when bound.
         """
         self.lock = threading.RLock()  # one at a time binds
         self._access: Callable[[int, FrameType], None] | None = None
         self._release: Callable[[int], None] | None = None
         self._tables = tables
+        self._device = device
         self._units = units
         self._tensors: list[dict[str, nn.Parameter] | None] = [None] * len(units)
         self._escapes = Escapes()
@@ -103,8 +106,13 @@ class Binder:
         with torch.inference_mode(False), torch.no_grad():
             parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
         self._escapes.bring_back(unit, parameters)
+        self._tensors[unit] = parameters
+
+    def bind(self, unit: int) -> None:
         with self.lock:
-            self._tensors[unit] = parameters
+            parameters = self._tensors[unit]
+            if parameters is None:
+                return
             for weight in self._units[unit]:
                 parameter = parameters[weight.name]
                 for binding, local_name in self._places(weight):
@@ -162,7 +170,8 @@ class Binder:
     def is_held(self, unit: int) -> bool:
         """Whether somebody has a tensor over the memory of a resident unit: one that was handed out, or a view."""
         tensors = self._tensors[unit] or {}
-        return any(_references(parameter) > _OWN_REFERENCES for parameter in tensors.values())
+        own = collections.Counter(parameter.untyped_storage()._cdata for parameter in tensors.values())
+        return any(_references(storage) > count for storage, count in own.items())
 
     def hold(self, unit: int) -> dict[str, nn.Parameter]:
         """The parameters of a unit, loaded if need be; the caller's references keep them."""
@@ -188,7 +197,7 @@ class Binder:
     def _placeholder(
         self, unit: int, name: str, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None
     ) -> Placeholder:
-        return Placeholder.make(unit, name, shape, dtype, stride, self._self)
+        return Placeholder.make(unit, name, shape, dtype, stride, self._self, self._device)
 
     def _in_parts(self, unit: int, name: str, dtype: torch.dtype) -> Placeholder:
         """For a table or a weight of experts, which is whole in ``unit``."""
@@ -202,7 +211,7 @@ class Binder:
         if isinstance(table, RowTable):
             return LookedUp.of(unit, table, self._self, loaded)
         table.experts.connect(self._self, resident)
-        return Sliced.of(unit, table, dtype, self._self, loaded)
+        return Sliced.of(unit, table, dtype, self._self, loaded, self._device)
 
     def resident(self, unit: int, name: str) -> nn.Parameter | None:
         """The real parameter if it is loaded now; the reference keeps it."""
@@ -262,10 +271,9 @@ def _references_of_a_variable() -> int:
 
 
 _REFERENCES_OF_A_VARIABLE = _references_of_a_variable()
-_OWN_REFERENCES = 2  # of a storage: the parameter's, and that of whoever asks
 
 
-def _references(tensor: torch.Tensor) -> int:
-    """How many there are to the storage of a tensor, in Python and in torch."""
-    found: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+def _references(storage: int) -> int:
+    """How many there are to a storage, in Python and in torch, whoever asks not counted."""
+    found: int = torch._C._storage_Use_Count(storage)
     return found

@@ -18,9 +18,11 @@ from odewei.errors import ModelError
 __all__ = ["guard", "unguard"]
 
 
-def guard(modules: Iterable[nn.Module], dtypes: Collection[torch.dtype]) -> None:
-    """Have ``_apply`` of these modules accept only functions that leave tensors of these dtypes as they are."""
-    samples = [torch.empty(1, dtype=dtype) for dtype in dtypes]
+def guard(modules: Iterable[nn.Module], dtypes: Collection[torch.dtype], device: torch.device) -> None:
+    """Have ``_apply`` of these modules accept only functions that leave tensors of these dtypes, which are on
+    ``device``, as they are.
+    """
+    samples = [torch.empty(1, dtype=dtype, device=device) for dtype in dtypes]
     for module in modules:
         module.__dict__["_apply"] = _Apply(module, samples)
 
@@ -46,7 +48,7 @@ class _Apply:
                     f"a streamed model cannot be converted from {sample.dtype} on {sample.device} to {made.dtype} on "
                     f"{made.device} afterwards: all its weights would have to be loaded",
                     module=type(module).__name__,
-                    cure="Pass dtype= to init_on_demand_weights_model, or call odewei.materialize(model) first",
+                    cure="Pass dtype= or device= to init_on_demand_weights_model, or odewei.materialize(model) first",
                 )
         return module
 

@@ -68,11 +68,11 @@ class _PassHooks:
 
     @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
-        self._driver.ledger.enter_pass(self._account, sys._getframe(1))
+        self._driver.enter_pass(self._account, sys._getframe(1))
 
     @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._driver.ledger.leave_pass(self._account)
+        self._driver.leave_pass(self._account)
 
 
 class _ExpertHooks:

@@ -36,10 +36,18 @@ class Layout:
     """
 
     def __init__(
-        self, model: nn.Module, stock: Stock, budget_for: Callable[[int], int], granularity: Granularity
+        self,
+        model: nn.Module,
+        stock: Stock,
+        budget_for: Callable[[int], int],
+        granularity: Granularity,
+        *,
+        by_rows: bool,
     ) -> None:
-        """``budget_for`` so many bytes is the budget that there is."""
-        self.tables = find_tables(model, stock.weights, stock.infos)
+        """``budget_for`` so many bytes is the budget that there is. ``by_rows``: read tables by rows, where that is
+        possible.
+        """
+        self.tables = find_tables(model, stock.weights, stock.infos) if by_rows else []
         others = [weight for weight in stock.weights if weight not in self.tables]
         plans = find_experts(model, others, stock.infos, stock.cast)
         fused = [weight for plan in plans for weight in plan.weights]

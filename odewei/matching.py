@@ -18,7 +18,7 @@ from odewei.loaders.tensors import is_castable, read_tensor
 from odewei.meta_model import meta_tensors
 from odewei.survey import Weight, walk
 
-__all__ = ["Matched", "bound_dtype", "init_missing", "load_buffers", "match_weights"]
+__all__ = ["Matched", "bound_dtype", "init_missing", "load_buffers", "match_weights", "move_to"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,24 @@ def load_buffers(
             weight=name,
             cure="Have model_fn make it on the CPU",
         )
+
+
+def move_to(model: nn.Module, device: torch.device) -> None:
+    """Move what has values to the device, for good: buffers, and parameters that the checkpoint lacks. What several
+    modules share they share afterwards.
+    """
+    if device.type == "cpu":
+        return
+    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the old ones stay, so that no number comes twice
+    for _, module, _ in walk(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                moved.setdefault(id(buffer), (buffer, buffer.to(device)))
+                module._buffers[name] = moved[id(buffer)][1]
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                made = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
+                module._parameters[name] = moved.setdefault(id(parameter), (parameter, made))[1]  # type: ignore[assignment]
 
 
 def _read_buffers(

@@ -10,8 +10,13 @@ import os
 import threading
 from collections.abc import Sequence
 
+import torch
+
 from odewei.errors import OptionsError
+from odewei.scheduler.accelerator import Accelerator, accelerator_for
 from odewei.scheduler.budget import Budget, format_nbytes, parse_nbytes
+from odewei.scheduler.device_copy import CopyingDriver, SynchronousCopyingDriver
+from odewei.scheduler.device_pool import DevicePool
 from odewei.scheduler.drivers import Driver, SynchronousDriver
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.machine import AutoLimit
@@ -34,15 +39,22 @@ class MemoryBudget:
     can be used again. Models are expected to run in the order in which they were built, until they have run once.
 
     ``nbytes`` is an int, text such as "6GiB", or "auto": what the machine and the process's limits can spare, looked
-    at again while the models run. Methods may be called from any thread. Raises OptionsError for what cannot work.
+    at again while the models run. For models on an accelerator it is of the device's memory, and ``host_budget``, of
+    the same kinds, of the host's: memory, pinned, that weights pass on their way, and that keeps what it can. All
+    models of one object are on one device. Methods may be called from any thread. Raises OptionsError for what cannot
+    work.
     """
 
-    def __init__(self, nbytes: int | str = "auto", *, num_readers: int = 4) -> None:
+    def __init__(self, nbytes: int | str = "auto", *, num_readers: int = 4, host_budget: int | str = "auto") -> None:
         if isinstance(num_readers, bool) or not isinstance(num_readers, int) or num_readers < 1:
             raise OptionsError(f"num_readers={num_readers!r} cannot work", cure="Use at least 1; 4 suits most disks")
-        limit = _limit(nbytes)
+        limit = _limit("memory_budget", nbytes)
+        _limit("host_budget", host_budget)
+        self._asked = host_budget
         self._auto = AutoLimit() if limit is None else None
         self._pool = SlabPool(Budget(1 if limit is None else limit))
+        self._device: torch.device | None = None
+        self._host: MemoryBudget | None = None
         self._num_readers = num_readers
         self._driver: Driver | None = None
         self._lock = threading.Lock()  # no finalizer takes it
@@ -50,7 +62,40 @@ class MemoryBudget:
 
     def another(self) -> MemoryBudget:
         """One like this for itself, without models: what was asked for this one."""
-        return MemoryBudget("auto" if self._auto else self.limit_bytes, num_readers=self._num_readers)
+        limit = "auto" if self._auto else self.limit_bytes
+        return MemoryBudget(limit, num_readers=self._num_readers, host_budget=self._asked)
+
+    def place(self, device: torch.device) -> None:
+        """A model on this device is about to join. Raises OptionsError if others are on another one. For the runtime
+        of a model.
+        """
+        with self._lock:
+            if self._device is None and device.type != "cpu":
+                self._place_on(accelerator_for(device))
+            self._device = self._device or device
+            if str(device) not in (str(self._device), self._device.type):
+                raise OptionsError(
+                    f"a MemoryBudget is for models on one device: it is used on {self._device}, not on {device}",
+                    cure="Make one MemoryBudget for each device",
+                )
+
+    def _place_on(self, accelerator: Accelerator) -> None:
+        self._device = accelerator.device
+        self._pool = DevicePool(self._pool.budget, accelerator)
+        if self._auto is not None:
+            self._auto = AutoLimit(accelerator.available_bytes)
+        self._host = MemoryBudget(self._asked, num_readers=self._num_readers)
+        self._host._pool = SlabPool(self._host._pool.budget, accelerator.memory)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are; the CPU before the first."""
+        return self._device or torch.device("cpu")
+
+    @property
+    def host(self) -> MemoryBudget | None:
+        """That of host memory, if the models are on an accelerator. For the runtime of a model."""
+        return self._host
 
     @property
     def limit_bytes(self) -> int:
@@ -105,9 +150,14 @@ class MemoryBudget:
 
     def _make_driver(self, synchronous: bool) -> Driver:
         ledger = Ledger(self._pool, self._auto)
+        name = str(next(_numbers))
+        if self._host is not None:
+            assert self._host._driver is not None, "the host's tier is there before the device's"
+            host = self._host._driver
+            return SynchronousCopyingDriver(ledger, host) if synchronous else CopyingDriver(ledger, host, name=name)
         if synchronous:
             return SynchronousDriver(ledger)
-        return PrefetchingDriver(ledger, num_readers=self._num_readers, name=str(next(_numbers)))
+        return PrefetchingDriver(ledger, num_readers=self._num_readers, name=name)
 
     def __repr__(self) -> str:
         models = 0 if self._driver is None else len(self._driver.ledger.accounts)
@@ -116,11 +166,11 @@ class MemoryBudget:
         return f"<MemoryBudget of {limit}{auto}, {used} used by {models} models>"
 
 
-def _limit(nbytes: int | str) -> int | None:
+def _limit(keyword: str, nbytes: int | str) -> int | None:
     """Bytes; None for "auto"."""
     if nbytes == "auto":
         return None
     found = parse_nbytes(nbytes) if isinstance(nbytes, str) else nbytes
     if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
-        raise OptionsError(f"memory_budget={nbytes!r} cannot work", cure='Use bytes, "6GiB" or "auto"')
+        raise OptionsError(f"{keyword}={nbytes!r} cannot work", cure='Use bytes, "6GiB" or "auto"')
     return found

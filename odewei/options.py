@@ -50,10 +50,7 @@ class Options:
         enable_preloading: bool,
         on_missing: str,
     ) -> Options:
-        """Validate. Raises OptionsError for a value that cannot work, NotImplementedError for one that cannot work
-        yet.
-        """
-        _check_host_budget(host_budget)
+        """Validate. Raises OptionsError for a value that cannot work."""
         if dtype is not None and not (isinstance(dtype, torch.dtype) and _is_cast_target(dtype)):
             raise OptionsError(
                 f"dtype={dtype!r} is no floating dtype of at least 16 bits", cure="Use torch.bfloat16, say"
@@ -66,7 +63,7 @@ class Options:
             raise OptionsError(f"enable_preloading={enable_preloading!r} is neither True nor False")
         return cls(
             depth=_depth(prefetch_depth) if enable_preloading else 0,
-            budget=_budget(memory_budget, num_readers),
+            budget=_budget(memory_budget, num_readers, host_budget),
             shares=isinstance(memory_budget, MemoryBudget),
             device=_device(device),
             dtype=dtype,
@@ -92,14 +89,6 @@ def _check_choice(keyword: str, value: object, choices: tuple[str, ...]) -> None
         raise OptionsError(f"{keyword}={value!r} is not known", cure=f"Use one of {', '.join(map(repr, choices))}")
 
 
-def _check_host_budget(host_budget: int | str) -> None:
-    if host_budget != "auto":
-        raise NotImplementedError(
-            f"host_budget={host_budget!r}: host memory is budgeted apart for accelerators only, and these are not "
-            "supported yet; leave host_budget at 'auto'"
-        )
-
-
 def _depth(prefetch_depth: int | str) -> int | None:
     if prefetch_depth == "auto":
         return None
@@ -108,22 +97,25 @@ def _depth(prefetch_depth: int | str) -> int | None:
     return prefetch_depth
 
 
-def _budget(memory_budget: int | str | MemoryBudget, num_readers: int) -> MemoryBudget:
-    if isinstance(memory_budget, MemoryBudget):
-        return memory_budget
-    return MemoryBudget(memory_budget, num_readers=num_readers)
+def _budget(memory_budget: int | str | MemoryBudget, num_readers: int, host_budget: int | str) -> MemoryBudget:
+    if not isinstance(memory_budget, MemoryBudget):
+        return MemoryBudget(memory_budget, num_readers=num_readers, host_budget=host_budget)
+    if host_budget != "auto":
+        raise OptionsError(
+            f"host_budget={host_budget!r} beside a MemoryBudget, which has one for all of its models",
+            cure=f"Pass it there: MemoryBudget(..., host_budget={host_budget!r})",
+        )
+    return memory_budget
 
 
 def _device(device: torch.device | str | None) -> torch.device:
     try:
         found = torch.device("cpu" if device is None else device)
-    except RuntimeError as error:
-        raise OptionsError(f"device={device!r} is not a device: {error}", cure="Use 'cpu'") from error
-    if found.type != "cpu":
-        raise NotImplementedError(
-            f"device={str(found)!r}: only the CPU is supported yet; leave device at None or 'cpu'"
-        )
-    return found
+    except (RuntimeError, TypeError) as error:
+        raise OptionsError(f"device={device!r} is not a device: {error}", cure="Use 'cpu' or 'cuda', say") from error
+    if found.type == "meta":
+        raise OptionsError("device='meta' computes nothing", cure="Use 'cpu' or 'cuda', say")
+    return torch.device("cpu") if found.type == "cpu" else found
 
 
 def _is_cast_target(dtype: torch.dtype) -> bool:

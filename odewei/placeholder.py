@@ -20,6 +20,8 @@ from odewei.copies import Skeleton
 
 __all__ = ["Origin", "Placeholder", "with_real"]
 
+_CPU = torch.device("cpu")
+
 
 class Origin(Protocol):
     """Who has the real tensors. Any thread calls it."""
@@ -49,12 +51,13 @@ class Placeholder(torch.Tensor):
         dtype: torch.dtype,
         stride: tuple[int, ...] | None,
         origin: weakref.ref[Origin],
+        device: torch.device = _CPU,
     ) -> Self:
-        """``origin`` is asked when an operation needs the values."""
+        """``origin`` is asked when an operation needs the values, which are on ``device`` then."""
         kind = _Compact if cls is Placeholder else cls
         with torch.inference_mode(False), torch.no_grad():
             made: Any = torch.Tensor._make_wrapper_subclass(
-                kind, shape, strides=stride, dtype=dtype, device=torch.device("cpu"), requires_grad=False
+                kind, shape, strides=stride, dtype=dtype, device=device, requires_grad=False
             )
         made.unit, made.weight_name, made._origin = unit, name, origin
         return made  # type: ignore[no-any-return]
@@ -77,7 +80,13 @@ class Placeholder(torch.Tensor):
         Raises RuntimeError if somebody has a weak reference to it.
         """
         made = _Aside.make(
-            self.unit, self.weight_name, tuple(self.shape), self.dtype, tuple(self.stride()), self._origin
+            self.unit,
+            self.weight_name,
+            tuple(self.shape),
+            self.dtype,
+            tuple(self.stride()),
+            self._origin,
+            self.device,
         )
         torch.utils.swap_tensors(parameter, made)  # type: ignore[no-untyped-call]
 
@@ -147,7 +156,7 @@ class _Detached(Placeholder):
     def of(cls, placeholder: Placeholder) -> _Detached:
         shape, stride = tuple(placeholder.shape), tuple(placeholder.stride())
         unit, name, origin = placeholder.unit, placeholder.weight_name, placeholder._origin
-        return cls.make(unit, name, shape, placeholder.dtype, stride, origin)
+        return cls.make(unit, name, shape, placeholder.dtype, stride, origin, placeholder.device)
 
 
 def with_real(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:

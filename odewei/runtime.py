@@ -23,11 +23,12 @@ from odewei.deep_copy import DeepCopy
 from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError, TraceError
 from odewei.guards import guard, unguard
 from odewei.hooks import hook_experts, hook_pass, hook_unit, unhook
+from odewei.host_tier import HostTier
 from odewei.layout import Layout
 from odewei.loaders.base import WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.mapped_state import MappedState
-from odewei.matching import load_buffers
+from odewei.matching import load_buffers, move_to
 from odewei.options import Options
 from odewei.report import Report
 from odewei.scheduler.budget import format_nbytes
@@ -76,18 +77,26 @@ class Runtime:
         self.options = options
         self._source = source
         self._model = weakref.ref(model)
+        options.budget.place(options.device)
+        self.device = options.budget.device
         dtype = options.dtype or source.dtype
         self.stock = Stock.match(model, survey(model, of_copy=of_copy), source, dtype, options.on_missing)
         if not of_copy:
             load_buffers(model, source, dtype, options.on_missing)
+            move_to(model, self.device)
         self._buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
         self.budget = options.budget
         self._pool = self.budget.pool
-        self.layout = Layout(model, self.stock, self.budget.expect, options.granularity)
+        by_rows = self.device.type == "cpu"
+        self.layout = Layout(model, self.stock, self.budget.expect, options.granularity, by_rows=by_rows)
         self.units = self.layout.units
         self.experts = {plan.module: Experts(plan, first) for plan, first in self.layout.plans}
         self._direct = options.resolve_direct(self.stock.nbytes, self.layout.limit_bytes)
-        readers = self._readers()
+        readers: Sequence[UnitReader] = self._readers()
+        names = [unit.name for unit in self.units]
+        files = FileTable(direct=self._direct, scratch_bytes=SCRATCH_BYTES)
+        self.host = None if self.budget.host is None else HostTier(self.budget.host, names, readers, files)
+        readers = readers if self.host is None else self.host.units
         least_bytes = self._least_bytes([reader.nbytes for reader in readers])
         self.tables = self._tables(readers, least_bytes)
         self.order: tuple[str, ...] | None = None  # the modules that a pass enters, where that was found out before it
@@ -95,9 +104,13 @@ class Runtime:
             for table in self.tables.values():
                 undo.callback(table.close)
             self.binder = self._bind(model)
-            self.account = self._make_account(least_bytes)
-            named = [(unit.name, reader) for unit, reader in zip(self.units, readers, strict=True)]
-            self.driver = self.budget.join(self.account, named, synchronous=options.depth == 0 and not options.shares)
+            self.account = self._make_account(least_bytes, files)
+            synchronous = options.depth == 0 and not options.shares
+            if self.host is not None:
+                self.host.join(options.depth, self.layout.ahead, synchronous=synchronous)
+                undo.callback(self.host.leave)
+            named = list(zip(names, readers, strict=True))
+            self.driver = self.budget.join(self.account, named, synchronous=synchronous)
             undo.callback(self.driver.leave_for_good, self.account)
             self.binder.connect(self._access, self._leave)
             self._hook(model)
@@ -160,6 +173,8 @@ class Runtime:
                 module=type(model).__name__,
                 cure="Save it with odewei.save_trace from a model of the same class and configuration",
             ) from error
+        if self.host is not None:
+            self.host.seed(units)
         self.driver.ledger.seed(self.account, units)
         self.driver.poke()
         self.order = tuple(order)
@@ -237,10 +252,10 @@ class Runtime:
         shares = cache_shares(sizes, free_bytes, least_bytes, None if self.options.shares else everything)
         return {place.weight: RowTable(place, self._pool, shares[place.weight]) for place in places}
 
-    def _make_account(self, least_bytes: int) -> Account:
+    def _make_account(self, least_bytes: int, files: FileTable) -> Account:
         account = Account(
             self.binder,
-            FileTable(direct=self._direct, scratch_bytes=SCRATCH_BYTES),
+            files if self.host is None else FileTable(direct=False, scratch_bytes=0),  # the host's tier reads
             self.options.depth,
             least_bytes,
             self.layout.most_bytes,
@@ -248,7 +263,7 @@ class Runtime:
             self.layout.ahead,
             was_written=_WarnOnce(self.binder, self.units),
             is_held=self.binder.is_held,
-            on_closed=functools.partial(_let_go, self.binder, self.tables.values(), self._source),
+            on_closed=functools.partial(_let_go, self.binder, self.tables.values(), self._source, self.host),
         )
         for table in self.tables.values():
             table.busy = account.busy
@@ -259,7 +274,7 @@ class Runtime:
             return self.stock.dtype(weight), self.stock.stride(weight)
 
         sliced = {name: weight for experts in self.experts.values() for name, weight in experts.weights.items()}
-        return Binder(model, [unit.weights for unit in self.units], described, {**self.tables, **sliced})
+        return Binder(model, [unit.weights for unit in self.units], described, {**self.tables, **sliced}, self.device)
 
     def _hook(self, model: nn.Module) -> None:
         modules = {name: module for name, module, _ in walk(model)}
@@ -271,7 +286,8 @@ class Runtime:
             hook_experts(modules[name], experts)
         hook_pass(model, self.driver, self.account)
         owners = {"", *(use.module for weight in self.stock.weights for use in weight.uses)}
-        guard((modules[name] for name in owners), {self.stock.dtype(weight) for weight in self.stock.weights})
+        dtypes = {self.stock.dtype(weight) for weight in self.stock.weights}
+        guard((modules[name] for name in owners), dtypes, self.device)
         self._state = MappedState(self.layout, self.stock, self.binder)
         model.register_state_dict_post_hook(self._state)  # type: ignore[no-untyped-call]
         DeepCopy(model, self.binder.skeleton, self._stream_copy)
@@ -325,8 +341,12 @@ class _WarnOnce:
         return written
 
 
-def _let_go(binder: Binder, tables: Collection[RowTable], source: WeightsLoader | CallableLoader) -> None:
+def _let_go(
+    binder: Binder, tables: Collection[RowTable], source: WeightsLoader | CallableLoader, host: HostTier | None
+) -> None:
     binder.clear()
+    if host is not None:
+        host.leave()
     for table in tables:
         table.close()
     source.close()

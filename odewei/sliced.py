@@ -179,9 +179,10 @@ class Sliced(InParts):
         dtype: torch.dtype,
         origin: weakref.ref[Origin],
         resident: Callable[[], nn.Parameter | None],
+        device: torch.device,
     ) -> Sliced:
-        """``unit`` and ``origin`` as for Placeholder. ``resident`` returns the whole weight if it is loaded now."""
-        made = cls.make(unit, weight.name, weight.shape, dtype, None, origin)
+        """``resident`` returns the whole weight if it is loaded now; the others as for Placeholder."""
+        made = cls.make(unit, weight.name, weight.shape, dtype, None, origin, device)
         made.sliced, made._resident = weight, resident
         return made
 

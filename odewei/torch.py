@@ -86,8 +86,10 @@ def init_on_demand_weights_model(
             what the machine and the process's limits can spare, looked at again while the model runs; or a
             ``MemoryBudget`` that several models share. Each reader has a scratch of at most 1 MiB besides, and buffers
             are not part of it.
-        host_budget: for accelerators, which are not supported yet; anything but "auto" raises NotImplementedError.
-        device: the execution device; only the CPU is supported yet, anything else raises NotImplementedError.
+        host_budget: on an accelerator, bytes of host memory, pinned, that weights pass on their way to it and that
+            keeps what it can: an int, text, or "auto". It has no effect on the CPU.
+        device: the execution device: "cpu", or an accelerator that torch finds ("cuda", "xpu", "mps", ...). There
+            ``memory_budget`` is of its memory; weights are copied on a stream of their own, and buffers stay there.
             Default: the loader's, else "cpu".
         dtype: floating weights of 16 bits and more are cast to it on load. Default: the loader's, else as stored.
         granularity: what is read together. "auto": the model's blocks, cut finer where the budget asks for it;
@@ -101,7 +103,6 @@ def init_on_demand_weights_model(
 
     Raises:
         OptionsError, BudgetTooSmallError: a keyword cannot work; the message says what would.
-        NotImplementedError: a keyword asks for what does not exist yet.
         CheckpointError: the checkpoint is missing, corrupt, unsafe, incomplete or does not fit the model.
         ModelError: the model cannot be built without its weights.
     """

@@ -53,7 +53,8 @@ class CallableUnit:
         self._cast = cast
         self._wanted_elsewhere = wanted_elsewhere
         self._resized = 0  # times in a row
-        self._placements, self._nbytes = _layout(weights, {weight.name: cast(weight.dtype) for weight in weights})
+        self.placements: Sequence[Placement]
+        self.placements, self._nbytes = _layout(weights, {weight.name: cast(weight.dtype) for weight in weights})
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +64,7 @@ class CallableUnit:
         return [self]
 
     def tensors(self, slab: Bytes) -> dict[str, torch.Tensor]:
-        return tensors_over(slab, self._placements)
+        return tensors_over(slab, self.placements)
 
     def files(self) -> Sequence[CheckpointFile]:
         return ()
@@ -72,7 +73,7 @@ class CallableUnit:
         """Ask the function for what is not kept, and copy all into the slab. Resized if the dtypes were others."""
         found, nbytes_read = self._collect()
         dtypes = {weight.name: self._cast(found[weight.name].dtype) for weight in self._weights}
-        self._placements, self._nbytes = _layout(self._weights, dtypes)
+        self.placements, self._nbytes = _layout(self._weights, dtypes)
         if self._nbytes != len(slab):
             self._resized += 1
             if self._resized > _MOST_RESIZES:
@@ -85,7 +86,7 @@ class CallableUnit:
                 self._keep(name, tensor)
             raise Resized(self._nbytes)
         self._resized = 0
-        for name, target in tensors_over(slab, self._placements).items():
+        for name, target in tensors_over(slab, self.placements).items():
             with torch.inference_mode(False), torch.no_grad():
                 target.copy_(found[name])
         return nbytes_read

@@ -6,13 +6,17 @@ leave it; it serves all models under one budget, and ends when the last one leav
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import FrameType
 
+import torch
+
 from odewei.errors import ClosedError, ModelError, OdeweiError, WeightReadError
+from odewei.scheduler.budget import format_nbytes
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.plan import Decision
 from odewei.scheduler.reader import Resized, UnitReader
@@ -73,6 +77,30 @@ class Driver(ABC):
         self.ledger.leave(unit)
         self.poke()
 
+    def enter_pass(self, account: Account, frame: FrameType) -> None:
+        """This thread enters a model, whose call runs in ``frame``."""
+        self.ledger.enter_pass(account, frame)
+
+    def leave_pass(self, account: Account) -> None:
+        """This thread leaves a model, whether by return or by exception."""
+        self.ledger.leave_pass(account)
+
+    def hold(self, waiter: Waiter) -> None:
+        """Take a lease of the waiter's unit that belongs to no frame, until ``let_go``. The waiter is told when the
+        unit is here, or why it is not; where nothing is read ahead, before this returns.
+        """
+        self.ledger.hold(waiter)
+        if waiter.done.is_set():
+            self.poke()
+        else:
+            self._begin_to_serve(waiter)
+
+    def let_go(self, waiter: Waiter) -> None:
+        """Return the lease that ``hold`` took."""
+        self.ledger.give_up(waiter)
+        self.ledger.let_go(waiter.unit)
+        self.poke()
+
     def want(self, units: Sequence[int]) -> None:
         """This thread will enter these units next, in this order: read them together. An empty sequence: no more.
 
@@ -84,6 +112,10 @@ class Driver(ABC):
     @abstractmethod
     def poke(self) -> None:
         """Something has changed: there may be something to decide."""
+
+    @abstractmethod
+    def _begin_to_serve(self, waiter: Waiter) -> None:
+        """Somebody waits for a unit: see to it that the waiter is told."""
 
     @abstractmethod
     def _serve(self, waiter: Waiter) -> None:
@@ -133,8 +165,14 @@ class Driver(ABC):
         if decision.fetch is None:
             return None
         record = self.ledger.units[decision.fetch]
-        pool = self.ledger.pool
-        return pool.acquire(record.name, record.nbytes, beyond_limit=decision.beyond_limit)
+        try:
+            return self.ledger.pool.acquire(record.name, record.nbytes, beyond_limit=decision.beyond_limit)
+        except (MemoryError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError is one, and so is a lost device
+            limit = self.ledger.pool.budget.limit_bytes
+            if not is_out_of_memory(error) or not self.ledger.shrink_for(record.id):
+                self.ledger.begin_read(record.id, None)
+                self.ledger.fail(record.id, no_memory(record, limit, error))
+            return None
 
     def _publish(self, record: UnitRecord, slab: Slab, nbytes_read: int) -> None:
         """All bytes are in the slab: bind, then say so."""
@@ -144,6 +182,7 @@ class Driver(ABC):
         self.ledger.finish_read(record.id, nbytes_read)
         try:
             record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
+            record.account.client.bind(record.place)
         except Exception as error:
             self.ledger.fail(record.id, error)
         else:
@@ -162,6 +201,29 @@ class Driver(ABC):
 def was_closed() -> ClosedError:
     """Why a model that was closed takes no more accesses."""
     return ClosedError("the model was closed", cure="Build it again to use it again")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the system, or the device, has no memory left; not some other trouble."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOMEM, errno.EAGAIN)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def no_memory(record: UnitRecord, limit_bytes: int, error: BaseException) -> OdeweiError:
+    """Why a unit did not get its memory."""
+    if not is_out_of_memory(error):
+        return WeightReadError(
+            f"the memory for the unit cannot be had: {type(error).__name__}: {error}",
+            module=record.name,
+            cure="See the cause above; the next call tries again",
+        )
+    return WeightReadError(
+        f"there is no memory for a unit of {record.nbytes} bytes ({format_nbytes(record.nbytes)}) within a budget of "
+        f"{limit_bytes} bytes ({format_nbytes(limit_bytes)}), also after others have left: {error}",
+        module=record.name,
+        cure="Pass a smaller memory_budget, so that the rest of the program leaves room for it",
+    )
 
 
 class SynchronousDriver(Driver):
@@ -189,6 +251,9 @@ class SynchronousDriver(Driver):
 
     def leave_for_good(self, account: Account) -> None:
         self.close()
+
+    def _begin_to_serve(self, waiter: Waiter) -> None:
+        self._serve(waiter)
 
     def _serve(self, waiter: Waiter) -> None:
         with self._turn:

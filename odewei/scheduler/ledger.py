@@ -42,6 +42,7 @@ class Ledger:
         self._reading_bytes = 0
         self._ahead: set[int] = set()  # units fetched before their use, and not used since
         self._ahead_bytes = 0
+        self._shrunk_for: set[int] = set()
         self._failed = 0
         self._idle = 0  # units that are absent and only there on demand
         self._wants = Wants()
@@ -147,14 +148,34 @@ class Ledger:
                 record.account.counters.hits += 1
                 return None
             waiter = Waiter(unit)
-            record.waiters += (waiter,)
-            self._demanded[unit] = record
+            self._demand(record, waiter)
             return waiter
 
     def leave(self, unit: int) -> None:
         """Return the innermost lease of ``unit`` of this thread. Leases above it were left behind and go too."""
         with self.lock:
             self._leases.give_back(self._leases.mine(), unit)
+
+    def hold(self, waiter: Waiter) -> None:
+        """Take a lease of the waiter's unit that belongs to no frame, until ``let_go``; the waiter is told, now or
+        later.
+        """
+        with self.lock:
+            record = self._open_record(waiter.unit)
+            record.leases += 1
+            self._note_access(self._leases.mine(), record)
+            if record.state is State.RESIDENT:
+                record.account.counters.hits += 1
+                waiter.finish()
+            else:
+                self._demand(record, waiter)
+
+    def let_go(self, unit: int) -> None:
+        """Return a lease that ``hold`` took."""
+        with self.lock:
+            record = self.units.get(unit)
+            if record is not None:
+                record.leases -= 1
 
     def want(self, units: Sequence[int]) -> None:
         """This thread will enter these units next, in this order: read them together. An empty sequence: no more."""
@@ -241,17 +262,23 @@ class Ledger:
             record.account.counters.bytes_read += nbytes
             self.outlook.note_missing(unit)
 
+    def begin_copy(self, unit: int) -> None:
+        """STAGED to COPYING: the device is filling the unit's memory."""
+        with self.lock:
+            self._move(self.units[unit], State.COPYING)
+
     def arrive(self, unit: int) -> None:
-        """STAGED to RESIDENT: the unit is bound. Wakes those who wait for it."""
+        """STAGED or COPYING to RESIDENT: the unit is bound. Wakes those who wait for it."""
         with self.lock:
             record = self.units[unit]
+            self._shrunk_for.clear()
             self._move(record, State.RESIDENT)
             self._residents.add(unit)
             self.outlook.note_present(unit)
             self._wake(record, None)
 
     def fail(self, unit: int, error: BaseException, nbytes: int = 0) -> None:
-        """READING or STAGED to FAILED. Those who wait get ``error``; the next forward that needs it tries again."""
+        """READING, STAGED or COPYING to FAILED. Those who wait get ``error``; the next who needs it tries again."""
         with self.lock:
             record = self.units[unit]
             if record.state is State.READING:
@@ -260,6 +287,16 @@ class Ledger:
             record.slab = None
             record.account.counters.bytes_read += nbytes
             self._wake(record, error)
+
+    def shrink_for(self, unit: int) -> bool:
+        """The system had no memory for the unit: from now on the budget is what is in use. True: try once more, when
+        others have left for it.
+        """
+        with self.lock:
+            again = unit not in self._shrunk_for
+            self._shrunk_for.add(unit)
+            self.roster.limit(max(1, self.pool.budget.used_bytes))
+            return again
 
     def close(self, reason: BaseException) -> None:
         """No more accesses: they raise ``reason``, and so do all who wait now."""
@@ -278,6 +315,10 @@ class Ledger:
         """All leases of units taken now, stale ones included."""
         with self.lock:
             return sum(record.leases for record in self.units.values())
+
+    def reason(self) -> BaseException:
+        """Why there are no more accesses."""
+        return self._closed or ClosedError("the model was closed", cure="Build it again to use it again")
 
     def is_held_by_caller(self) -> bool:
         """Whether this thread is inside the ledger or its pool, and must wait for no one: a finalizer may run there."""
@@ -320,6 +361,10 @@ class Ledger:
     def _thread_has_ended(self, thread: ThreadLeases) -> None:
         self._wants.drop(thread)
         self.outlook.forget(thread)
+
+    def _demand(self, record: UnitRecord, waiter: Waiter) -> None:
+        record.waiters += (waiter,)
+        self._demanded[record.id] = record
 
     def _note_access(self, mine: ThreadLeases, record: UnitRecord) -> None:
         record.account.counters.accesses += 1
@@ -414,8 +459,7 @@ class Ledger:
 
     def _wake(self, record: UnitRecord, error: BaseException | None) -> None:
         for waiter in record.waiters:
-            waiter.error = error
-            waiter.done.set()
+            waiter.finish(error)
         record.waiters = ()
         self._demanded.pop(record.id, None)
 

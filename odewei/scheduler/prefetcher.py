@@ -84,10 +84,13 @@ class PrefetchingDriver(Driver):
                 "the process was forked, and the thread that reads the weights stayed behind",
                 cure="Build the model in the child, or start processes with the method 'spawn'",
             )
+        self._begin_to_serve(waiter)
+        waiter.done.wait()
+
+    def _begin_to_serve(self, waiter: Waiter) -> None:
         self._queue.hurry(waiter.unit)
         self._poked = False  # an interrupt may have hit the last wake-up half way
         self._wake()
-        waiter.done.wait()
 
     def leave_for_good(self, account: Account) -> None:
         if self._thread.ident is None:
@@ -199,9 +202,12 @@ class PrefetchingDriver(Driver):
             if slab is None or decision.fetch is None:
                 continue
             self.ledger.begin_read(decision.fetch, slab)
-            task = asyncio.create_task(self._read(self.ledger.units[decision.fetch], slab))
-            self._reads.add(task)
-            task.add_done_callback(self._read_done)
+            self._begin(self.ledger.units[decision.fetch], slab)
+
+    def _begin(self, record: UnitRecord, slab: Slab) -> None:
+        task = asyncio.create_task(self._read(record, slab))
+        self._reads.add(task)
+        task.add_done_callback(self._read_done)
 
     def _read_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is None:

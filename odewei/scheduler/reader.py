@@ -83,6 +83,10 @@ class UnitReader(Protocol):
     def jobs(self) -> Sequence[Job]:
         """The jobs of one read of the unit; they may run at once and in any order."""
 
+    @property
+    def placements(self) -> Sequence[Placement]:
+        """Where in the slab its tensors are, after all jobs have run; before that as far as is known."""
+
     def tensors(self, slab: Bytes) -> dict[str, torch.Tensor]:
         """Tensors over the slab, after all jobs have run. They, and views of them, keep the slab's memory."""
 
@@ -220,6 +224,10 @@ class PlannedUnit:
     def plan(self) -> UnitReadPlan:
         """How it is read."""
         return self._plan or UnitReadPlan.make(self._wanted, self._settings)
+
+    @property
+    def placements(self) -> Sequence[Placement]:
+        return self.plan.placements
 
     def jobs(self) -> Sequence[Job]:
         return [_PlannedJob(reads, self._loader) for reads in self.plan.jobs]

@@ -24,33 +24,51 @@ __all__ = ["Account", "BusyTime", "Counters", "UnitClient", "UnitRecord", "Waite
 class UnitClient(Protocol):
     """The model's side of a unit, which it knows by its number among the model's own units.
 
-    Both are called by the driver, never under a lock, for one unit at a time.
+    All are called by the driver, never under a lock of the scheduler.
     """
 
     def publish(self, unit: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """The unit's tensors are here: bind them. They are the only references that keep its slab."""
+        """The unit's tensors are here. They are the only references that keep its slab."""
+
+    def bind(self, unit: int) -> None:
+        """The published tensors of a unit may be used by anybody from now on. Any thread; may come more than once, or
+        when the unit is gone again.
+        """
 
     def retract(self, unit: int) -> None:
         """The unit leaves: drop every reference to its tensors."""
 
 
 class Waiter:
-    """One forward pass waiting for one unit. ``error`` is set before ``done`` when the read failed."""
+    """Somebody, a forward pass mostly, waiting for one unit. ``error`` is set before ``done`` when the read failed.
 
-    __slots__ = ("done", "error", "since", "unit")
+    ``on_done`` is called then, by whoever knows, under the ledger's lock.
+    """
 
-    def __init__(self, unit: int) -> None:
+    __slots__ = ("_on_done", "done", "error", "since", "unit")
+
+    def __init__(self, unit: int, on_done: Callable[[], object] | None = None) -> None:
         self.unit = unit
         self.done = threading.Event()
         self.error: BaseException | None = None
         self.since = time.perf_counter()
+        self._on_done = on_done
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """The waiting is over."""
+        self.error = error
+        self.done.set()
+        if self._on_done is not None:
+            self._on_done()
 
 
 @dataclass
 class Counters:
     """What happened so far. Times in seconds. ``stall``: a forward waited for the bytes of its unit.
 
-    ``inside_seconds``: from a thread's first lease to its last, stalls included, summed over threads.
+    ``inside_seconds``: from a thread's first lease to its last, stalls included, summed over threads. On a device
+    ``bytes_read`` are copied to it, in ``copies`` that took ``copy_seconds`` of its time; its streams computed for
+    ``device_compute_seconds`` and waited for copies for ``device_wait_seconds``.
     """
 
     passes: int = 0
@@ -63,6 +81,10 @@ class Counters:
     units_read: int = 0
     evictions: int = 0
     mispredictions: int = 0
+    copies: int = 0
+    copy_seconds: float = 0.0
+    device_compute_seconds: float = 0.0
+    device_wait_seconds: float = 0.0
 
 
 class BusyTime:

@@ -71,8 +71,12 @@ class Roster:
             most_bytes=max(1, sum(account.most_bytes for account in self.accounts)),
         )
         if limit is not None:
-            self._pool.set_limit(limit)
-            self._set_windows()
+            self.limit(limit)
+
+    def limit(self, nbytes: int) -> None:
+        """Another budget."""
+        self._pool.set_limit(nbytes)
+        self._set_windows()
 
     def _expect(self) -> None:
         self._outlook.seed([unit for account in self.accounts for unit in account.order])

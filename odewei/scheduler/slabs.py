@@ -14,29 +14,22 @@ remapping their pages. A free slab still occupies its bytes of the budget until 
 
 from __future__ import annotations
 
-import mmap
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from odewei.scheduler.budget import Budget, Reservation
+from odewei.scheduler.host_memory import HUGE_PAGE, PAGE, Bytes, HostMemory
 
-__all__ = ["ALIGNMENT", "HUGE_PAGE", "PAGE", "Slab", "SlabPool", "round_up", "slab_bytes"]
+__all__ = ["ALIGNMENT", "HUGE_PAGE", "PAGE", "Bytes", "Slab", "SlabPool", "round_up", "slab_bytes"]
 
 ALIGNMENT = 64
 """Every tensor lies at a multiple of this many bytes: CPU kernels give other last bits when a weight does not."""
 
-PAGE = 4096
-"""Direct reads start and end at multiples of this in the file and in memory."""
-
-HUGE_PAGE = 2 << 20
 _WHOLE_HUGE_PAGES_FROM = 32 << 20  # larger slabs are whole huge pages; what that wastes is at most a sixteenth
-
-Bytes = npt.NDArray[np.uint8]
 
 
 def round_up(nbytes: int, multiple: int) -> int:
@@ -54,57 +47,38 @@ def slab_bytes(nbytes: int) -> int:
 class Slab:
     """``nbytes`` bytes of host memory for one unit. Pages start at a page, small slabs at a multiple of 64."""
 
-    __slots__ = ("_memory", "_offset", "nbytes", "reservation")
+    __slots__ = ("_memory", "_offset", "_source", "nbytes", "reservation")
 
-    def __init__(self, nbytes: int, reservation: Reservation) -> None:
+    def __init__(self, nbytes: int, reservation: Reservation, source: HostMemory | None = None) -> None:
+        """``source``: where its memory comes from."""
         self.nbytes = nbytes
         self.reservation = reservation
-        self._memory, self._offset = _allocate(nbytes)
+        self._source = source or HostMemory()
+        self._memory, self._offset = self._source.allocate(nbytes)
 
     def view(self) -> Bytes:
         """The slab's bytes, for filling and reading. Whoever holds it, or anything made from it, keeps the memory."""
         return np.frombuffer(self._memory, np.uint8, self.nbytes, self._offset)
 
+    def about_to_fill(self) -> None:
+        """The processor is going to write into it."""
+        self._source.about_to_fill(self._memory)
+
     def try_resize(self, nbytes: int, reservation: Reservation) -> bool:
         """Make a free slab of whole huge pages another size, keeping its pages: fresh ones have to be cleared first."""
         whole = self.nbytes % HUGE_PAGE == nbytes % HUGE_PAGE == 0
-        if not whole or not isinstance(self._memory, mmap.mmap) or len(self._memory) != self.nbytes:
-            return False
-        try:
-            self._memory.resize(nbytes)
-        except (BufferError, SystemError, OSError):  # a view is just dying; no mremap here; no addresses left
+        if not whole or len(self._memory) != self.nbytes or not self._source.resize(self._memory, nbytes):
             return False
         self.nbytes, self.reservation = nbytes, reservation
         return True
 
     def unmap(self) -> None:
         """Give the memory back to the system, at once or as soon as the view whose finalizer is running is gone."""
-        self._memory = bytearray()
+        memory, self._memory = self._memory, bytearray()
+        self._source.free(memory)
 
     def __repr__(self) -> str:
         return f"<Slab of {self.nbytes} bytes for {self.reservation.owner}>"
-
-
-def _allocate(nbytes: int) -> tuple[mmap.mmap | bytearray, int]:
-    """Memory, and the offset in it from which ``nbytes`` bytes lie as they should."""
-    if nbytes < PAGE:
-        return _aligned(bytearray(nbytes + ALIGNMENT), ALIGNMENT)
-    if nbytes < HUGE_PAGE:
-        return _aligned(_map(nbytes), PAGE)
-    memory, offset = _aligned(_map(nbytes), HUGE_PAGE)  # recent kernels align large mappings themselves
-    return (memory, offset) if offset == 0 else _aligned(_map(nbytes + HUGE_PAGE), HUGE_PAGE)
-
-
-def _map(nbytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
-    if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
-def _aligned(memory: mmap.mmap | bytearray, boundary: int) -> tuple[mmap.mmap | bytearray, int]:
-    start = np.frombuffer(memory, np.uint8).ctypes.data
-    return memory, round_up(start, boundary) - start
 
 
 class SlabPool:
@@ -114,8 +88,10 @@ class SlabPool:
     *leaving* while its unit has been evicted but somebody still holds a tensor over it.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, source: HostMemory | None = None) -> None:
+        """``source``: where the memory of slabs comes from."""
         self.budget = budget
+        self.source = source or HostMemory()
         self.on_return: Callable[[], None] | None = None  # called by a finalizer: may take no lock
         self._lock = threading.RLock()  # a finalizer may close the pool in a thread that holds it
         self._free: dict[int, list[Slab]] = {}
@@ -141,7 +117,10 @@ class SlabPool:
             return sum(slab.nbytes for slab in self._leaving)
 
     def acquire(self, owner: str, nbytes: int, *, beyond_limit: bool = False) -> Slab | None:
-        """A slab of exactly ``nbytes`` bytes; None if there is no room and ``beyond_limit`` was not asked for."""
+        """A slab of exactly ``nbytes`` bytes; None if there is no room and ``beyond_limit`` was not asked for.
+
+        Raises OSError, or torch.OutOfMemoryError for a device, if the system has no memory for it.
+        """
         with self._lock:
             self._drain()
             slab = self._take_free(nbytes)
@@ -151,7 +130,13 @@ class SlabPool:
                 slab = self._resized(owner, nbytes)
             if slab is None:
                 self._unmap_free(nbytes)
-                slab = Slab(nbytes, self.budget.reserve(owner, nbytes, beyond_limit=beyond_limit))
+                reservation = self.budget.reserve(owner, nbytes, beyond_limit=beyond_limit)
+                try:
+                    slab = self._new(nbytes, reservation)
+                except BaseException:
+                    self.budget.release(reservation)
+                    raise
+            slab.about_to_fill()
             slab.reservation.owner = owner
             self._in_use.add(slab)
             return slab
@@ -251,11 +236,18 @@ class SlabPool:
             slab = self._returned.popleft()
             self._in_use.remove(slab)
             self._leaving.discard(slab)
-            if self._closed or self.budget.free_bytes < 0:
-                self._unmap(slab)
-            else:
-                self._free.setdefault(slab.nbytes, []).append(slab)
-                self._free_bytes += slab.nbytes
+            self._recycle(slab)
+
+    def _recycle(self, slab: Slab) -> None:
+        """A slab is not in use any more."""
+        if self._closed or self.budget.free_bytes < 0:
+            self._unmap(slab)
+        else:
+            self._free.setdefault(slab.nbytes, []).append(slab)
+            self._free_bytes += slab.nbytes
+
+    def _new(self, nbytes: int, reservation: Reservation) -> Slab:
+        return Slab(nbytes, reservation, self.source)
 
     def _take_free(self, nbytes: int) -> Slab | None:
         slabs = self._free.get(nbytes)

@@ -77,6 +77,9 @@ class FakeClient:
             self.bound[unit] = tensors
             self._changed.notify_all()
 
+    def bind(self, unit: int) -> None:
+        assert unit in self.bound, f"unit {unit} is bound and was not published"
+
     def retract(self, unit: int) -> None:
         with self._changed:
             del self.bound[unit]

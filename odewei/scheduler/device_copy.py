@@ -1,0 +1,376 @@
+"""From host memory to the device: the same drivers, whose reading is a copy.
+
+An accelerator has two tiers, each a ledger with its own budget and rules (``plan``): the device's, whose units models
+are bound to, and the host's, whose units are flat stretches of (pinned) memory read from the checkpoint. A unit that
+the device misses is an access of the host's tier, which so predicts by itself what to read ahead and what to keep.
+
+The way of a unit: the device's ledger decides that it is next and takes memory for it → its host unit is leased, after
+a read if it is not there → one flat copy on the copy stream → it is bound when somebody enters it, whose stream waits
+for the copy, on the device → it leaves, and its memory is free when its last tensor has died. The host unit's lease is
+returned when the copy is known to be over.
+
+Decisions are made by whoever enters or leaves a unit, in its own thread, because memory is used again after what was
+computed *until it was taken*: were it taken later, by another thread, the copy would wait for layers that have nothing
+to do with it. Everything else is done by the driver's own thread; no forward pass waits for the device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+
+from odewei.errors import OdeweiError, WeightReadError
+from odewei.scheduler.accelerator import Accelerator, Copy
+from odewei.scheduler.device_pool import DevicePool, DeviceSlab
+from odewei.scheduler.device_time import DeviceTime
+from odewei.scheduler.drivers import Driver, SynchronousDriver
+from odewei.scheduler.ledger import Ledger
+from odewei.scheduler.prefetcher import PrefetchingDriver
+from odewei.scheduler.read_plan import Placement
+from odewei.scheduler.reader import Job, Resized, UnitReader
+from odewei.scheduler.records import Account, UnitRecord, Waiter
+from odewei.scheduler.slabs import ALIGNMENT, Bytes, Slab, round_up
+
+__all__ = ["CopyingDriver", "DeviceUnit", "HostUnit", "Shelf", "SynchronousCopyingDriver"]
+
+
+class HostUnit:
+    """A unit of the host's tier: read as ever, and then one flat tensor."""
+
+    __slots__ = ("_reader",)
+
+    def __init__(self, reader: UnitReader) -> None:
+        self._reader = reader
+
+    @property
+    def nbytes(self) -> int:
+        return self._reader.nbytes
+
+    @property
+    def placements(self) -> Sequence[Placement]:
+        return self._reader.placements
+
+    def jobs(self) -> Sequence[Job]:
+        return self._reader.jobs()
+
+    def tensors(self, slab: Bytes) -> dict[str, torch.Tensor]:
+        with torch.inference_mode(False):
+            return {"": torch.from_numpy(slab)}
+
+
+class Shelf:
+    """What of one model is in host memory, by the places of its units. The client of its account in the host's tier."""
+
+    def __init__(self) -> None:
+        self._flat: dict[int, torch.Tensor] = {}
+
+    def publish(self, unit: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._flat[unit] = tensors[""]
+
+    def retract(self, unit: int) -> None:
+        del self._flat[unit]
+
+    def bind(self, unit: int) -> None:
+        """Nothing on the host is bound to anything."""
+
+    def flat(self, unit: int) -> torch.Tensor:
+        """The bytes of a unit that is there and leased."""
+        return self._flat[unit]
+
+
+class DeviceUnit:
+    """A unit of the device's tier: how it gets there from its host unit, which has the same place on the shelf."""
+
+    __slots__ = ("_place", "_reader", "_shelf", "host", "nbytes")
+
+    def __init__(self, reader: UnitReader, shelf: Shelf, place: int) -> None:
+        self._reader, self._shelf, self._place = reader, shelf, place
+        self.nbytes = self._used_bytes()
+        self.host: UnitRecord | None = None  # set when it has joined the host's tier
+
+    @property
+    def placements(self) -> Sequence[Placement]:
+        return self._reader.placements
+
+    def jobs(self) -> Sequence[Job]:
+        return ()
+
+    def source(self) -> torch.Tensor:
+        """The bytes to copy, while the host unit is leased. Raises Resized if there are more or fewer than thought."""
+        used = self._used_bytes()
+        if used != self.nbytes:
+            self.nbytes = used
+            raise Resized(used)
+        return self._shelf.flat(self._place)[:used]
+
+    def tensors(self, slab: Any) -> dict[str, torch.Tensor]:
+        """Tensors over ``slab``, bytes of the device. Each counts writes by itself."""
+        with torch.inference_mode(False), torch.no_grad():
+            return {place.name: _over(slab, place).data for place in self._reader.placements}
+
+    def _used_bytes(self) -> int:
+        """Without what only reading needs."""
+        return max((round_up(place.offset + _extent(place), ALIGNMENT) for place in self._reader.placements), default=0)
+
+
+def _extent(place: Placement) -> int:
+    """Bytes from the first element to the last."""
+    if 0 in place.shape:
+        return 0
+    if place.stride is None:
+        return torch.Size(place.shape).numel() * place.dtype.itemsize
+    return (1 + sum((size - 1) * step for size, step in zip(place.shape, place.stride, strict=True))) * (
+        place.dtype.itemsize
+    )
+
+
+def _over(flat: torch.Tensor, place: Placement) -> torch.Tensor:
+    nbytes = _extent(place)
+    if not nbytes:
+        return torch.empty(place.shape, dtype=place.dtype, device=flat.device)
+    part = flat[place.offset : place.offset + nbytes].view(place.dtype)
+    return part.view(place.shape) if place.stride is None else part.as_strided(place.shape, place.stride)
+
+
+class _OnDevice(Driver):
+    """What both drivers do on a device."""
+
+    accelerator: Accelerator
+    host: Driver
+    time: DeviceTime
+
+    def _set_up(self, host: Driver) -> None:
+        """``host`` drives the other tier."""
+        assert isinstance(self.ledger.pool, DevicePool)
+        self.accelerator = self.ledger.pool.accelerator
+        self.host = host
+        self.time = DeviceTime(self.accelerator)
+
+    def enter_pass(self, account: Account, frame: FrameType) -> None:
+        self.accelerator.note_stream()
+        super().enter_pass(account, frame)
+        self.time.enter_pass(account)
+
+    def leave_pass(self, account: Account) -> None:
+        self.time.leave_pass(account)
+        super().leave_pass(account)
+
+    def enter(self, unit: int, frame: FrameType, *, lingers: bool = False) -> None:
+        super().enter(unit, frame, lingers=lingers)
+        self.accelerator.note_stream()
+        record = self.ledger.units[unit]
+        slab = record.slab
+        if isinstance(slab, DeviceSlab) and not slab.shown:
+            self._show(record, slab)
+
+    def _show(self, record: UnitRecord, slab: DeviceSlab) -> None:
+        """Somebody is about to compute with a unit whose copy may be under way."""
+        assert slab.copy is not None
+        if not slab.copy.landed:
+            with self.time.waiting(record.account):
+                self.accelerator.let_use(slab.copy)
+        self._bind(record, slab)
+
+    def _bind(self, record: UnitRecord, slab: DeviceSlab) -> None:
+        record.account.client.bind(record.place)
+        slab.shown = True
+
+    def _copy(self, record: UnitRecord, slab: Slab) -> Copy | None:
+        """Begin the copy of a unit whose host unit is leased, and publish it. None: it failed, which is told."""
+        if record.account.closed is not None:
+            self._give_up(record, slab, record.account.closed, 0)
+            return None
+        assert isinstance(slab, DeviceSlab)
+        assert isinstance(record.reader, DeviceUnit)
+        copy = None
+        try:
+            source = record.reader.source()
+            assert slab.memory is not None
+            if source.numel():
+                copy = self.accelerator.copy(slab.memory, source)
+            else:
+                copy = Copy(0, source)
+                copy.landed = True
+        except Resized as error:
+            self._give_up(record, slab, error, 0)
+            return None
+        except RuntimeError as error:
+            self._give_up(record, slab, _cannot_copy(self.accelerator.device, error), 0)
+            return None
+        slab.copy = copy
+        self.ledger.finish_read(record.id, copy.nbytes)
+        self.ledger.begin_copy(record.id)
+        try:
+            record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
+        except Exception as error:
+            self.ledger.fail(record.id, error)
+        else:
+            self.ledger.arrive(record.id)
+        return copy
+
+
+def _cannot_copy(device: torch.device, error: RuntimeError) -> OdeweiError:
+    made = WeightReadError(
+        f"copying to {device} failed: {error}",
+        cure="If the device itself is in trouble, start the process again",
+    )
+    made.__cause__ = error
+    return made
+
+
+class SynchronousCopyingDriver(_OnDevice, SynchronousDriver):
+    """The plain twin on a device: read, copy, wait, compute. Serves one model; ``host`` is synchronous too."""
+
+    def __init__(self, ledger: Ledger, host: Driver) -> None:
+        super().__init__(ledger)
+        self._set_up(host)
+
+    def _read(self, record: UnitRecord, slab: Slab) -> None:
+        self.ledger.begin_read(record.id, slab)
+        assert isinstance(record.reader, DeviceUnit)
+        assert record.reader.host is not None
+        waiter = Waiter(record.reader.host.id)
+        try:
+            with record.account.busy:
+                self.host.hold(waiter)
+                if waiter.error is not None:
+                    self._give_up(record, slab, waiter.error, 0)
+                    return
+                copy = self._copy(record, slab)
+                if copy is not None:
+                    self.accelerator.wait(copy)
+                    copy.landed = True
+                    self.time.landed(record.account, copy)
+        finally:
+            self.host.let_go(waiter)
+
+
+class CopyingDriver(_OnDevice, PrefetchingDriver):
+    """Copies ahead on the copy stream. One more thread, which waits for copies only while somebody waits for the
+    memory that they hold on the host.
+    """
+
+    def __init__(self, ledger: Ledger, host: Driver, *, name: str) -> None:
+        super().__init__(ledger, num_readers=1, name=name)
+        self._set_up(host)
+        self._deciding = threading.RLock()  # one thread at a time
+        self._begun: deque[tuple[UnitRecord, Slab]] = deque()
+        self._flying: deque[tuple[UnitRecord, DeviceSlab, Copy, Waiter]] = deque()  # in the order of the copy stream
+        self._waiting = 0  # reads that wait for their host unit
+        self._watcher: asyncio.Task[None] | None = None
+
+    # -- any thread --------------------------------------------------------------------------------------------------
+
+    def poke(self) -> None:
+        if not self.ledger.needs_driver() and not self._flying:
+            return
+        if not self._is_own_thread() and self._deciding.acquire(blocking=False):
+            try:
+                super()._decide()
+            finally:
+                self._deciding.release()
+        self._wake()
+
+    def _begin(self, record: UnitRecord, slab: Slab) -> None:
+        self._begun.append((record, slab))
+
+    def _may_wait(self) -> bool:
+        return super()._may_wait() and not self._deciding._is_owned()  # type: ignore[attr-defined]
+
+    # -- the loop's thread -------------------------------------------------------------------------------------------
+
+    def _decide(self) -> None:
+        self._note_landed()
+        with self._deciding:
+            super()._decide()
+        while self._begun:
+            super()._begin(*self._begun.popleft())
+
+    async def _read(self, record: UnitRecord, slab: Slab) -> None:
+        assert isinstance(record.reader, DeviceUnit)
+        assert record.reader.host is not None
+        with record.account.busy:
+            waiter = await self._hold(record.reader.host.id)
+        if waiter.error is not None:
+            self.host.let_go(waiter)
+            self._give_up(record, slab, waiter.error, 0)
+            return
+        copy = self._copy(record, slab)
+        if copy is None:
+            self.host.let_go(waiter)
+            return
+        assert isinstance(slab, DeviceSlab)
+        self._flying.append((record, slab, copy, waiter))
+        self._note_landed()
+        self._watch()
+
+    async def _hold(self, unit: int) -> Waiter:
+        """The host unit's lease, when it is there. An error is the waiter's."""
+        told = asyncio.Event()
+        waiter = Waiter(unit, lambda: self._loop.call_soon_threadsafe(told.set))
+        self._waiting += 1
+        try:
+            self.host.hold(waiter)
+            if not waiter.done.is_set():
+                self._watch()
+                await told.wait()
+        except OdeweiError as error:
+            waiter.error = error
+        finally:
+            self._waiting -= 1
+        return waiter
+
+    def _note_landed(self) -> None:
+        """Give the memory of copies that are over back to the host's tier, and let everybody use what arrived."""
+        while self._flying:
+            record, slab, copy, waiter = self._flying[0]
+            try:
+                if not self.accelerator.has_landed(copy):
+                    return
+            except RuntimeError:
+                copy.done = None  # the device is in trouble, which whoever computes will hear
+            self._flying.popleft()
+            copy.landed = True
+            copy.source = None
+            self.time.landed(record.account, copy)
+            if not slab.shown and record.slab is slab:
+                self._bind(record, slab)
+            self.host.let_go(waiter)
+
+    def _watch(self) -> None:
+        """See to it that copies are waited for while somebody waits for the host."""
+        if self._flying and self._waiting and (self._watcher is None or self._watcher.done()):
+            self._watcher = asyncio.create_task(self._wait_for_copies())
+            self._reads.add(self._watcher)
+            self._watcher.add_done_callback(self._read_done)
+
+    async def _wait_for_copies(self) -> None:
+        while self._flying and self._waiting and not self._closing:
+            copy = self._flying[0][2]
+            try:
+                await self._loop.run_in_executor(self._pool, self.accelerator.wait, copy)
+            except RuntimeError:
+                copy.done = None
+                copy.landed = True
+            self._note_landed()
+
+    async def _end(self, workers: Sequence[asyncio.Task[None]]) -> None:
+        await super()._end(workers)
+        while self._begun:
+            record, slab = self._begun.popleft()
+            self.ledger.fail(record.id, self.ledger.reason())
+            self.ledger.pool.release(slab)
+        while self._flying:  # the host's memory stays until the device has it
+            copy = self._flying[0][2]
+            try:
+                self.accelerator.wait(copy)
+            except RuntimeError:
+                copy.done = None
+            copy.landed = True
+            self._note_landed()

@@ -1,0 +1,70 @@
+"""Device memory under a budget: one allocation a unit, freed by reference, reused by torch.
+
+The memory of a unit goes back to torch when the last tensor over it has died. Torch gives it to the next unit on the
+copy stream at once; so before that stream allocates it waits for what was computed until then. Whoever computes, and
+evicts at the end of a layer, evicts there: then that is what was computed up to this layer, and no more.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from odewei.scheduler.accelerator import Accelerator, Copy
+from odewei.scheduler.budget import Budget, Reservation
+from odewei.scheduler.slabs import Slab, SlabPool
+
+__all__ = ["DevicePool", "DeviceSlab"]
+
+
+class DeviceSlab(Slab):
+    """``nbytes`` bytes of the device for one unit. ``copy`` fills it; ``shown``: whoever computes may use it."""
+
+    __slots__ = ("copy", "memory", "shown")
+
+    def __init__(self, nbytes: int, reservation: Reservation, memory: torch.Tensor) -> None:
+        self.nbytes = nbytes
+        self.reservation = reservation
+        self.memory: torch.Tensor | None = memory
+        self.copy: Copy | None = None
+        self.shown = False
+
+    def about_to_fill(self) -> None:
+        pass
+
+    def unmap(self) -> None:
+        self.memory = None
+
+    def __repr__(self) -> str:
+        return f"<DeviceSlab of {self.nbytes} bytes for {self.reservation.owner}>"
+
+
+class DevicePool(SlabPool):
+    """All device memory of units under one budget. Methods may be called from any thread."""
+
+    def __init__(self, budget: Budget, accelerator: Accelerator) -> None:
+        super().__init__(budget, accelerator.memory)
+        self.accelerator = accelerator
+        self._came_back = False  # since the copy stream last waited
+
+    def lend(self, slab: Slab) -> torch.Tensor:  # type: ignore[override]
+        """The slab's bytes. When every tensor over them has died, the slab is free."""
+        assert isinstance(slab, DeviceSlab)
+        memory, slab.memory = slab.memory, None
+        assert memory is not None, "a slab is lent once"
+        weakref.finalize(memory.untyped_storage(), self._give_back, slab).atexit = False
+        return memory
+
+    def _new(self, nbytes: int, reservation: Reservation) -> Slab:
+        if self._came_back:
+            self._came_back = False
+            self.accelerator.wait_for_computing()
+        memory = self.accelerator.allocate(nbytes)
+        if self._returned:  # while it was allocated, and perhaps what was allocated
+            self.accelerator.wait_for_computing()
+        return DeviceSlab(nbytes, reservation, memory)
+
+    def _recycle(self, slab: Slab) -> None:
+        self._came_back = True
+        self._unmap(slab)

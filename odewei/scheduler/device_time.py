@@ -1,0 +1,84 @@
+"""When a device computed, and when it waited for a unit, by events in the streams; read when they have happened.
+
+Nobody waits for the device here: what has not happened yet is looked at again later.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from odewei.scheduler.accelerator import Accelerator, Copy
+from odewei.scheduler.records import Account
+
+__all__ = ["DeviceTime"]
+
+
+@dataclass(slots=True)
+class _Span:
+    account: Account
+    begin: torch.Event
+    end: torch.Event
+    waited: bool
+
+
+class DeviceTime:
+    """Adds to the counters of accounts. Methods may be called from any thread."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._spans: deque[_Span] = deque()
+        self._local = threading.local()
+        self._lock = threading.Lock()
+
+    def enter_pass(self, account: Account) -> None:
+        """This thread enters a model."""
+        depth: int = getattr(self._local, "depth", 0)
+        if depth == 0:
+            self._local.since = self._accelerator.mark()
+        self._local.depth = depth + 1
+
+    def leave_pass(self, account: Account) -> None:
+        """This thread leaves it, or what an interrupt has left behind is cleared up with it."""
+        depth = max(0, getattr(self._local, "depth", 0) - 1)
+        self._local.depth = depth
+        if depth == 0:
+            self._add(account, self._accelerator.mark(), waited=False)
+            self._local.since = None
+            self.collect()
+
+    @contextmanager
+    def waiting(self, account: Account) -> Iterator[None]:
+        """What is put into this thread's stream meanwhile is a wait for a copy."""
+        self._add(account, self._accelerator.mark(), waited=False)
+        yield
+        self._add(account, self._accelerator.mark(), waited=True)
+
+    def landed(self, account: Account, copy: Copy) -> None:
+        """A copy is over."""
+        account.counters.copies += 1
+        account.counters.copy_seconds += copy.seconds()
+
+    def collect(self) -> None:
+        """Add up what has happened by now."""
+        with self._lock:
+            while self._spans and self._spans[0].end.query():
+                span = self._spans.popleft()
+                seconds = span.begin.elapsed_time(span.end) / 1e3
+                if span.waited:
+                    span.account.counters.device_wait_seconds += seconds
+                else:
+                    span.account.counters.device_compute_seconds += seconds
+
+    def _add(self, account: Account, now: torch.Event | None, *, waited: bool) -> None:
+        """From the last mark of this thread until now."""
+        since: torch.Event | None = getattr(self._local, "since", None)
+        if since is not None and now is not None:
+            self._spans.append(_Span(account, since, now, waited))
+        if getattr(self._local, "depth", 0):
+            self._local.since = now
