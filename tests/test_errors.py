@@ -155,8 +155,8 @@ def test_devices_that_there_are_not(options: dict[str, object], path: Path) -> N
 
 def test_a_host_budget_that_cannot_work(path: Path) -> None:
     """It is looked at on the CPU too, where it has no effect."""
-    with pytest.raises(errors.OptionsError, match="host_budget='-1'"):
-        init_on_demand_weights_model(BUILD, str(path), host_budget="-1")
+    with pytest.raises(errors.OptionsError, match="host_budget=-1"):
+        init_on_demand_weights_model(BUILD, str(path), host_budget=-1)
 
 
 @pytest.mark.parametrize("depth", [0, "auto"])

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
-from torch import nn
 
 from odewei.scheduler import accelerator
 from odewei.scheduler.host_memory import Bytes, HostMemory, Memory, RegisteredMemory
-from odewei.torch import init_on_demand_weights_model
 from tests.sim.simulator import DEVICE, Simulator
 
 
