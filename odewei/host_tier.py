@@ -30,7 +30,7 @@ class HostTier:
         self._readers = [HostUnit(reader) for reader in readers]
         shelf = Shelf()
         self.units = [DeviceUnit(reader, shelf, place) for place, reader in enumerate(readers)]
-        self.account = Account(shelf, files, None)
+        self.account = Account(shelf, files, None, on_closed=shelf.clear)
         self._driver: Driver | None = None
 
     def join(self, depth: int | None, ahead: int, *, synchronous: bool) -> None:

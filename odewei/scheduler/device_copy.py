@@ -79,6 +79,10 @@ class Shelf:
     def bind(self, unit: int) -> None:
         """Nothing on the host is bound to anything."""
 
+    def clear(self) -> None:
+        """Let go of everything, after the driver has stopped."""
+        self._flat.clear()
+
     def flat(self, unit: int) -> torch.Tensor:
         """The bytes of a unit that is there and leased."""
         return self._flat[unit]

@@ -1,6 +1,7 @@
 // What copies and operators share: tensors of the device as the CPU sees them.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -11,8 +12,17 @@ namespace sim {
 constexpr auto kDeviceType = c10::DeviceType::PrivateUse1;
 
 // While it lives, operators of this thread go to the kernels of the CPU or of meta tensors: queued work runs in whatever
-// thread waits, inside whatever autograd, autocast or Python mode that thread is in just then.
+// thread waits, inside whatever autograd, autocast or Python mode that thread is in just then. On as many processors as
+// torch was told to use: a thread that was never in a parallel region would multiply matrices with others, in another
+// order of sums.
 class BelowEverything {
+ public:
+  BelowEverything() {
+    static thread_local const bool told = (at::init_num_threads(), true);
+    (void)told;
+  }
+
+ private:
   c10::impl::ExcludeDispatchKeyGuard guard_{
       c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset |
       c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
