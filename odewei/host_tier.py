@@ -6,9 +6,11 @@ Knows the scheduler's parts and puts them together. Knows nothing of modules.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from odewei.errors import BudgetTooSmallError
 from odewei.memory_budget import MemoryBudget
+from odewei.scheduler.accelerator import Accelerator
 from odewei.scheduler.budget import format_nbytes
 from odewei.scheduler.device_copy import DeviceUnit, HostUnit, Shelf
 from odewei.scheduler.drivers import Driver
@@ -22,10 +24,16 @@ class HostTier:
     """``units`` are those of the device's tier, in the order of ``readers``; ``account`` is the host's."""
 
     def __init__(
-        self, budget: MemoryBudget, names: Sequence[str], readers: Sequence[UnitReader], files: FileTable
+        self,
+        budget: MemoryBudget,
+        accelerator: Accelerator,
+        names: Sequence[str],
+        readers: Sequence[UnitReader],
+        files: FileTable,
     ) -> None:
         """``readers`` read the units called ``names`` into host memory, from ``files``."""
         self.budget = budget
+        self._accelerator = accelerator
         self._names = names
         self._readers = [HostUnit(reader) for reader in readers]
         shelf = Shelf()
@@ -59,6 +67,23 @@ class HostTier:
         if self._driver is not None:
             self._driver.ledger.seed(self.account, order)
             self._driver.poke()
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether the device says when it computed."""
+        return self._accelerator.has_streams
+
+    def report(self) -> dict[str, Any]:
+        """What a Report says of it."""
+        counters, budget = self.account.counters, self.budget.pool.budget
+        return {
+            "device_note": self._accelerator.note(),
+            "host_budget_bytes": budget.limit_bytes,
+            "host_resident_bytes": sum(record.nbytes for record in self.account.units if record.slab is not None),
+            "host_peak_bytes": budget.peak_bytes,
+            "host_hits": counters.hits,
+            "host_accesses": counters.accesses,
+        }
 
     def leave(self) -> None:
         """For good; after the device's tier has left. May be called twice, and by a finalizer."""

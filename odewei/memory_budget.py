@@ -54,6 +54,7 @@ class MemoryBudget:
         self._auto = AutoLimit() if limit is None else None
         self._pool = SlabPool(Budget(1 if limit is None else limit))
         self._device: torch.device | None = None
+        self._accelerator: Accelerator | None = None
         self._host: MemoryBudget | None = None
         self._num_readers = num_readers
         self._driver: Driver | None = None
@@ -80,7 +81,7 @@ class MemoryBudget:
                 )
 
     def _place_on(self, accelerator: Accelerator) -> None:
-        self._device = accelerator.device
+        self._device, self._accelerator = accelerator.device, accelerator
         self._pool = DevicePool(self._pool.budget, accelerator)
         if self._auto is not None:
             self._auto = AutoLimit(accelerator.available_bytes)
@@ -91,6 +92,11 @@ class MemoryBudget:
     def device(self) -> torch.device:
         """Where the models are; the CPU before the first."""
         return self._device or torch.device("cpu")
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """What ``device`` can do, if it is not the CPU. For the runtime of a model."""
+        return self._accelerator
 
     @property
     def host(self) -> MemoryBudget | None:

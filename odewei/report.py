@@ -26,6 +26,10 @@ class Report:
     - ``budget_bytes``, ``peak_bytes``, ``overdrafts`` and ``escapes`` are those of the whole budget, also where several
       models share it; everything else is this model's own.
     - ``buffer_bytes``: buffers, which are loaded once and are not part of the budget.
+    - ``device``: where the model computes. On an accelerator the budget, accesses, hits, stalls and evictions are those
+      of its memory, and there are the ``host_*`` ones of (pinned) host memory; ``bytes_copied`` went to it in
+      ``copy_seconds`` of its time, for which what computes waited ``device_wait_seconds``; ``compute_seconds`` are of
+      its time too. ``device_note`` says in words what the device cannot do. On the CPU all of these are 0.
     """
 
     weight_bytes: int
@@ -52,6 +56,16 @@ class Report:
     rows_looked_up: int
     rows_read: int
     row_cache_bytes: int
+    device: str = "cpu"
+    device_note: str = ""
+    bytes_copied: int = 0
+    copy_seconds: float = 0.0
+    device_wait_seconds: float = 0.0
+    host_budget_bytes: int = 0
+    host_resident_bytes: int = 0
+    host_peak_bytes: int = 0
+    host_hits: int = 0
+    host_accesses: int = 0
 
     @property
     def bandwidth(self) -> float:
@@ -65,13 +79,16 @@ class Report:
 
     @property
     def floor_seconds(self) -> float:
-        """``max(compute, missed bytes / measured bandwidth)``: no scheduler could have been faster with these reads."""
-        return max(self.compute_seconds, self.read_seconds)
+        """``max(compute, missed bytes / measured bandwidth)``, of the link to a device too: no scheduler could have
+        been faster with these reads and copies.
+        """
+        return max(self.compute_seconds, self.read_seconds, self.copy_seconds)
 
     @property
     def ratio_to_floor(self) -> float:
         """Time inside the model over the floor; reading before and between passes makes it smaller than 1."""
-        return (self.compute_seconds + self.stall_seconds) / self.floor_seconds if self.floor_seconds else 0.0
+        waited = self.stall_seconds if self.device == "cpu" else self.device_wait_seconds
+        return (self.compute_seconds + waited) / self.floor_seconds if self.floor_seconds else 0.0
 
     def __str__(self) -> str:
         depth = "auto" if self.prefetch_depth is None else str(self.prefetch_depth)
@@ -94,6 +111,20 @@ class Report:
             ),
             ("floor", f"{self.floor_seconds:.2f} s, reached to a factor of {self.ratio_to_floor:.2f}"),
         ]
+        if self.device != "cpu":
+            rows[0:0] = [("device", self.device + (f" ({self.device_note})" if self.device_note else ""))]
+            rows += [
+                (
+                    "copied",
+                    f"{format_nbytes(self.bytes_copied)} in {self.copy_seconds:.2f} s, for which the device waited "
+                    f"{self.device_wait_seconds:.2f} s",
+                ),
+                (
+                    "host memory",
+                    f"{format_nbytes(self.host_budget_bytes)}, peak {format_nbytes(self.host_peak_bytes)}, resident "
+                    f"now {format_nbytes(self.host_resident_bytes)}, {self.host_hits} hits of {self.host_accesses}",
+                ),
+            ]
         if self.rows_looked_up:
             kept = format_nbytes(self.row_cache_bytes)
             rows.append(

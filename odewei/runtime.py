@@ -95,8 +95,10 @@ class Runtime:
         readers: Sequence[UnitReader] = self._readers()
         names = [unit.name for unit in self.units]
         files = FileTable(direct=self._direct, scratch_bytes=SCRATCH_BYTES)
-        self.host = None if self.budget.host is None else HostTier(self.budget.host, names, readers, files)
-        readers = readers if self.host is None else self.host.units
+        self.host: HostTier | None = None
+        if self.budget.host is not None and self.budget.accelerator is not None:
+            self.host = HostTier(self.budget.host, self.budget.accelerator, names, readers, files)
+            readers = self.host.units
         least_bytes = self._least_bytes([reader.nbytes for reader in readers])
         self.tables = self._tables(readers, least_bytes)
         self.order: tuple[str, ...] | None = None  # the modules that a pass enters, where that was found out before it
@@ -125,8 +127,10 @@ class Runtime:
 
     def report(self) -> Report:
         """What happened so far."""
+        self.driver.settle()
         counters, budget = self.account.counters, self._pool.budget
         rows = RowCounters.total(self.tables.values())
+        reads = self.account if self.host is None else self.host.account
         return Report(
             weight_bytes=self.stock.nbytes,
             units=len(self.units),
@@ -139,9 +143,11 @@ class Runtime:
             hits=counters.hits,
             mispredictions=counters.mispredictions,
             evictions=counters.evictions,
-            bytes_read=counters.bytes_read + rows.bytes_read,
-            read_seconds=self.account.busy.seconds,
-            compute_seconds=max(0.0, counters.inside_seconds - counters.stall_seconds - rows.seconds),
+            bytes_read=reads.counters.bytes_read + rows.bytes_read,
+            read_seconds=reads.busy.seconds,
+            compute_seconds=max(0.0, counters.inside_seconds - counters.stall_seconds - rows.seconds)
+            if self.host is None or not self.host.has_clock
+            else counters.device_compute_seconds,
             stalls=counters.stalls + rows.stalls,
             stall_seconds=counters.stall_seconds + rows.seconds,
             overdrafts=budget.overdrafts,
@@ -152,6 +158,11 @@ class Runtime:
             rows_looked_up=rows.looked_up,
             rows_read=rows.read,
             row_cache_bytes=sum(table.cache_bytes for table in self.tables.values()),
+            device=str(self.device),
+            bytes_copied=0 if self.host is None else counters.bytes_read,
+            copy_seconds=counters.copy_seconds,
+            device_wait_seconds=counters.device_wait_seconds,
+            **({} if self.host is None else self.host.report()),
         )
 
     def expect(self, model: nn.Module, order: Sequence[str]) -> tuple[int, ...]:

@@ -37,7 +37,9 @@ class Copy:
 
     def seconds(self) -> float:
         """How long it took on the device, after it has landed; 0 where the device has no clock for that."""
-        return 0.0 if self.started is None or self.done is None else self.started.elapsed_time(self.done) / 1e3
+        if self.started is None or self.done is None or not self.done.query():
+            return 0.0
+        return self.started.elapsed_time(self.done) / 1e3
 
 
 class Accelerator:
@@ -93,7 +95,7 @@ class Accelerator:
 
     def has_landed(self, copy: Copy) -> bool:
         """Whether the copy is over, by now. Raises RuntimeError if the device is in trouble."""
-        return copy.landed or (copy.done is not None and copy.done.query())
+        return copy.done is not None and copy.done.query()
 
     def wait(self, copy: Copy) -> None:
         """Return when the copy is over. Lets other threads run meanwhile."""
@@ -111,6 +113,10 @@ class Accelerator:
         free, _ = torch.accelerator.get_memory_info(self.device)
         kept = torch.accelerator.memory_reserved(self.device) - torch.accelerator.memory_allocated(self.device)
         return int(free) + max(0, kept)
+
+    def note(self) -> str:
+        """What it cannot do, in words."""
+        return self.memory.note()
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, pinned: bool) -> None:
         target.copy_(source, non_blocking=pinned)
@@ -155,6 +161,9 @@ class PlainAccelerator(Accelerator):
 
     def mark(self) -> torch.Event | None:
         return None
+
+    def note(self) -> str:
+        return "no streams or pinned memory: copies and computing take turns"
 
     def available_bytes(self) -> int:
         if self.device.type == "mps":

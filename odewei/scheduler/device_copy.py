@@ -165,6 +165,9 @@ class _OnDevice(Driver):
         self.time.leave_pass(account)
         super().leave_pass(account)
 
+    def settle(self) -> None:
+        self.time.collect()
+
     def enter(self, unit: int, frame: FrameType, *, lingers: bool = False) -> None:
         super().enter(unit, frame, lingers=lingers)
         self.accelerator.note_stream()
@@ -335,7 +338,7 @@ class CopyingDriver(_OnDevice, PrefetchingDriver):
         while self._flying:
             record, slab, copy, waiter = self._flying[0]
             try:
-                if not self.accelerator.has_landed(copy):
+                if not copy.landed and not self.accelerator.has_landed(copy):
                     return
             except RuntimeError:
                 copy.done = None  # the device is in trouble, which whoever computes will hear

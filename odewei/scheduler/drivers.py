@@ -101,6 +101,9 @@ class Driver(ABC):
         self.ledger.let_go(waiter.unit)
         self.poke()
 
+    def settle(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Bring counters up to what is known by now."""
+
     def want(self, units: Sequence[int]) -> None:
         """This thread will enter these units next, in this order: read them together. An empty sequence: no more.
 

@@ -57,6 +57,10 @@ class HostMemory:
     def free(self, memory: Memory) -> None:
         """It is used no more; its pages go back when the last reference to it has."""
 
+    def note(self) -> str:
+        """What is wrong with it, in words; nothing mostly."""
+        return ""
+
     def about_to_fill(self, memory: Memory) -> None:
         """The processor is going to write into it. A seam for tests that know when a device reads it."""
 
@@ -91,6 +95,9 @@ class RegisteredMemory(HostMemory):
 
     def free(self, memory: Memory) -> None:
         self._unpin(memory)
+
+    def note(self) -> str:
+        return "memory could not be pinned: copies are slower, and one waits for each" if self._warned else ""
 
     def _pin(self, memory: Memory) -> None:
         address, nbytes = _extent(memory)

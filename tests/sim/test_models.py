@@ -1,4 +1,4 @@
-"""Streamed models on the simulated accelerator: the bits of the resident model, and nothing for the detector to find."""
+"""Streamed models on the simulated accelerator: the bits of the resident model, and nothing for the detector."""
 
 from __future__ import annotations
 
@@ -230,9 +230,7 @@ def test_two_threads(stack: tuple[Path, torch.Tensor, torch.Tensor], sim: Simula
     odewei.close(model)
 
 
-def test_views_that_escape_keep_their_values(
-    stack: tuple[Path, torch.Tensor, torch.Tensor], sim: Simulator
-) -> None:
+def test_views_that_escape_keep_their_values(stack: tuple[Path, torch.Tensor, torch.Tensor], sim: Simulator) -> None:
     """What somebody holds of a unit stays what it is when the unit has left, and is used safely before it goes."""
     file, x, expected = stack
     model = init_on_demand_weights_model(Stack, file, device="sim", memory_budget=2 * (64 * WIDTH * 4))
