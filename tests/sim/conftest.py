@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.sim import accelerated
 from tests.sim.build import find_compiler
-from tests.sim.simulator import SCHEDULES, Simulator, load
+from tests.sim.simulator import DEVICE, SCHEDULES, Simulator, load
 
 # Queued work runs in whatever thread waits; the bits must not depend on which.
 torch.set_num_threads(1)
@@ -38,3 +39,10 @@ def sim(simulator: Simulator, request: pytest.FixtureRequest) -> Iterator[Simula
     torch.accelerator.synchronize()
     findings = simulator.report()
     assert not findings, "\n".join(map(str, findings))
+
+
+@pytest.fixture
+def device(sim: Simulator) -> str:
+    """The simulated device, with host memory that tells the detector what the host does."""
+    accelerated.use(lambda: accelerated.SimMemory(sim))
+    return DEVICE

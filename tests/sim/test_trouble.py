@@ -170,3 +170,17 @@ def test_an_auto_budget_is_what_the_device_can_spare(stack: Case, sim: Simulator
         for _ in range(2):
             assert torch.equal(model(x).cpu(), expected)
     odewei.close(model)
+
+
+def test_a_closed_model_leaves_nothing_pinned(stack: Case, sim: Simulator) -> None:
+    """Neither on the host nor on the device."""
+    file, x, expected = stack
+    pinned, used = sim.counters()["pinned bytes"], torch.accelerator.memory_allocated()
+    model = init_on_demand_weights_model(Stack, file, device="sim", memory_budget=2 * POSITIONS)
+    with torch.no_grad():
+        assert torch.equal(model(x).cpu(), expected)
+    assert sim.counters()["pinned bytes"] > pinned
+    odewei.close(model)
+    del model
+    assert sim.counters()["pinned bytes"] == pinned
+    assert torch.accelerator.memory_allocated() <= used
