@@ -136,7 +136,9 @@ def _without_weights(model: nn.Module, noted: Collection[str], entered: list[str
             return None
         if id(parameter) not in made:
             with mode:
-                like = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu")
+                like = torch.empty_strided(
+                    parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
+                )
             made[id(parameter)] = nn.Parameter(like, requires_grad=False)
         return made[id(parameter)]
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -349,3 +350,31 @@ def test_materialize(stack: tuple[Path, torch.Tensor, torch.Tensor], device: str
         assert torch.equal(model(x).cpu(), expected)
     assert type(model.layers[0].weight) is nn.Parameter  # type: ignore[index, union-attr]
     assert model.layers[0].weight.device.type == device  # type: ignore[index, union-attr]
+
+
+def test_tracing_and_copies_and_state(
+    stack: tuple[Path, torch.Tensor, torch.Tensor], device: str, tmp_path: Path
+) -> None:
+    """What can be done with a streamed model on the CPU can be done here: trace it, copy it, take its state."""
+    file, x, expected = stack
+    model = init_on_demand_weights_model(Stack, file, device=device, memory_budget=3 * (64 * WIDTH * 4))
+    order = odewei.trace(model, x)
+    odewei.save_trace(model, tmp_path / "order.json")
+    assert "layers.2" in order.units
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(twin(x).cpu(), expected)
+        assert torch.equal(model(x).cpu(), expected)
+        model.layers[2].weight.add_(1)  # type: ignore[index, union-attr, operator]
+        changed = model(x).cpu()
+        for _ in range(2):
+            assert torch.equal(model(x).cpu(), changed)
+        assert not torch.equal(changed, expected)
+        assert torch.equal(twin(x).cpu(), expected)
+    state = model.state_dict()
+    assert torch.equal(state["layers.1.weight"].cpu(), resident(Stack, file, "cpu").layers[1].weight)  # type: ignore[index, union-attr]
+    model.to(device)  # where it is
+    with pytest.raises(odewei.OdeweiError, match="cannot be converted"):
+        model.to("cpu")
+    odewei.close(model)
+    odewei.close(twin)
