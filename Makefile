@@ -20,13 +20,14 @@ endif
 NONE_IS_FINE = $(if $(TEST_ARGS),|| test $$? = 5)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test zoo bench check format env clean
+.PHONY: help demo test zoo bench gpu check format env clean
 
 help:
 	@echo "make demo     real weights and a real size, streamed and resident, side by side"
 	@echo "make test     all tests but those of the zoo"
 	@echo "make zoo      289 architectures of transformers and diffusers, streamed and resident, byte for byte"
 	@echo "make bench    odewei and its peers under one memory limit: benchmarks/results"
+	@echo "make gpu      tests and benchmark on an accelerator, where there is one"
 	@echo "make check    format, lint and types"
 	@echo "make format   put the code into its format"
 	@echo "make env      only make $(VENV) with everything in it"
@@ -47,6 +48,12 @@ zoo: $(INSTALLED)
 
 bench: $(PEERS)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# Says why where there is no accelerator. The sanitizer of streams is torch's own, for CUDA.
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu tests/gpu $(TEST_ARGS)
+	TORCH_CUDA_SANITIZER=1 $(BIN)/python -m pytest -m gpu tests/gpu $(TEST_ARGS)
+	$(BIN)/python -m benchmarks.bench_gpu --results benchmarks/results $(BENCH_ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
