@@ -158,12 +158,12 @@ class _OnDevice(Driver):
 
     def enter_pass(self, account: Account, frame: FrameType) -> None:
         self.accelerator.note_stream()
-        super().enter_pass(account, frame)
-        self.time.enter_pass(account)
+        if self.ledger.enter_pass(account, frame):
+            self.time.begin()
 
     def leave_pass(self, account: Account) -> None:
-        self.time.leave_pass(account)
-        super().leave_pass(account)
+        if self.ledger.leave_pass(account):
+            self.time.end(account)
 
     def settle(self) -> None:
         self.time.collect()

@@ -36,21 +36,15 @@ class DeviceTime:
         self._local = threading.local()
         self._lock = threading.Lock()
 
-    def enter_pass(self, account: Account) -> None:
-        """This thread enters a model."""
-        depth: int = getattr(self._local, "depth", 0)
-        if depth == 0:
-            self._local.since = self._accelerator.mark()
-        self._local.depth = depth + 1
+    def begin(self) -> None:
+        """This thread enters a pass, from outside of every model."""
+        self._local.since = self._accelerator.mark()
 
-    def leave_pass(self, account: Account) -> None:
-        """This thread leaves it, or what an interrupt has left behind is cleared up with it."""
-        depth = max(0, getattr(self._local, "depth", 0) - 1)
-        self._local.depth = depth
-        if depth == 0:
-            self._add(account, self._accelerator.mark(), waited=False)
-            self._local.since = None
-            self.collect()
+    def end(self, account: Account) -> None:
+        """This thread is outside again."""
+        self._add(account, self._accelerator.mark(), waited=False)
+        self._local.since = None
+        self.collect()
 
     @contextmanager
     def waiting(self, account: Account) -> Iterator[None]:
@@ -80,5 +74,4 @@ class DeviceTime:
         since: torch.Event | None = getattr(self._local, "since", None)
         if since is not None and now is not None:
             self._spans.append(_Span(account, since, now, waited))
-        if getattr(self._local, "depth", 0):
             self._local.since = now

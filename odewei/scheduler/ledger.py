@@ -121,21 +121,23 @@ class Ledger:
 
     # -- the forward thread ------------------------------------------------------------------------------------------
 
-    def enter_pass(self, account: Account, frame: FrameType) -> None:
-        """This thread enters a model, whose call runs in ``frame``."""
+    def enter_pass(self, account: Account, frame: FrameType) -> bool:
+        """This thread enters a model, whose call runs in ``frame``. Whether it was outside of every model."""
         with self.lock:
             mine = self._leases.mine()
             self._leases.take(mine, account, None, frame)
             self.outlook.enter(mine)
+            return len(mine.leases) == 1
 
-    def leave_pass(self, account: Account) -> None:
-        """This thread leaves a model, whether by return or by exception."""
+    def leave_pass(self, account: Account) -> bool:
+        """This thread leaves a model, whether by return or by exception. Whether it is outside of every model now."""
         with self.lock:
             mine = self._leases.mine()
             self._leases.give_back(mine, account)
             if not mine.leases:
                 account.counters.passes += 1
                 self._wants.drop(mine)
+            return not mine.leases
 
     def enter(self, unit: int, frame: FrameType, *, lingers: bool = False) -> Waiter | None:
         """Take a lease. None: the unit is resident. Otherwise whoever drives the ledger sets ``done`` of the waiter."""
