@@ -170,8 +170,9 @@ class Binder:
     def is_held(self, unit: int) -> bool:
         """Whether somebody has a tensor over the memory of a resident unit: one that was handed out, or a view."""
         tensors = self._tensors[unit] or {}
-        own = collections.Counter(parameter.untyped_storage()._cdata for parameter in tensors.values())
-        return any(_references(storage) > count for storage, count in own.items())
+        storages = [parameter.untyped_storage() for parameter in tensors.values()]
+        own = collections.Counter(storage._cdata for storage in storages)
+        return any(_references(storage) > count + 1 for storage, count in own.items())  # and this list's
 
     def hold(self, unit: int) -> dict[str, nn.Parameter]:
         """The parameters of a unit, loaded if need be; the caller's references keep them."""
@@ -274,6 +275,6 @@ _REFERENCES_OF_A_VARIABLE = _references_of_a_variable()
 
 
 def _references(storage: int) -> int:
-    """How many there are to a storage, in Python and in torch, whoever asks not counted."""
+    """How many there are to a storage, in Python (one for all) and in torch."""
     found: int = torch._C._storage_Use_Count(storage)
     return found

@@ -90,8 +90,8 @@ def find_experts(
 
 
 def listed_experts(model: nn.Module, units: Sequence[Unit]) -> list[bool]:
-    """For each unit whether it is of an expert in a list: that list lies in a block, and a method of the module that
-    holds it names both it and a function that chooses by values.
+    """For each unit whether it is of an expert in a list: that list has modules of one class, lies in a block, and a
+    method of the module that holds it names both it and a function that chooses by values.
     """
     modules = {name: module for name, module, _ in walk(model)}
     of_list: dict[str, bool] = {}
@@ -99,8 +99,11 @@ def listed_experts(model: nn.Module, units: Sequence[Unit]) -> list[bool]:
 
     def holds_experts(container: str) -> bool:
         owner, _, local_name = container.rpartition(".")
-        if not isinstance(modules.get(container), nn.ModuleList | nn.ModuleDict) or not local_name:
+        experts = modules.get(container)
+        if not isinstance(experts, nn.ModuleList | nn.ModuleDict) or not local_name:
             return False
+        if len({type(expert) for expert in experts.children()}) != 1:
+            return False  # the parts of a block: one for attention, one that comes after it
         if not any(isinstance(modules.get(above), nn.ModuleList | nn.Sequential) for above in ancestry(owner)):
             return False
         key = (type(modules[owner]), local_name)

@@ -769,3 +769,38 @@ def test_which_lists_hold_experts() -> None:
         found = listed_experts(model, units)
         assert sum(found) == experts
         assert all((".moe.experts." in unit.name) == is_one for unit, is_one in zip(units, found, strict=True))
+
+
+class _Parts(nn.Module):
+    """A block whose parts are in a list, and that looks at values: as T5's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([nn.Linear(8, 8), nn.LayerNorm(8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.layer:
+            x = part(x)
+        return torch.where(torch.isinf(x), 0.0, x)
+
+
+class _Alike(_Parts):
+    """The same with parts of one class, which could be experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+
+@pytest.mark.parametrize(("block", "experts"), [(_Parts, 0), (_Alike, 4)])
+def test_parts_of_a_block_are_no_experts(block: type[nn.Module], experts: int) -> None:
+    """A list whose modules are of several classes is read ahead, like everything that each pass uses."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(block(), block())
+
+    state = {name: tensor.clone() for name, tensor in build().state_dict().items()}
+    model = init_on_demand_weights_model(build, state, granularity="leaf", memory_budget="1MiB")
+    runtime = odewei.runtime_of(model)
+    assert len(runtime.units) - runtime.layout.ahead == experts
+    odewei.close(model)
