@@ -23,6 +23,7 @@ from odewei.loaders import SafetensorsLoader
 from odewei.runtime import runtime_of
 from odewei.sliced import Sliced
 from odewei.survey import survey
+from odewei.torch import init_on_demand_weights_model
 from odewei.units import partition
 from tests import models
 
