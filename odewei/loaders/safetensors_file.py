@@ -36,22 +36,23 @@ class SafetensorsLoader(FileLoader):
     """The weights of one ``.safetensors`` file. Every weight has a span."""
 
     def _read_headers(self) -> dict[str, WeightInfo]:
-        return read_header(self.path)
+        return read_header(self._file(self.path), is_whole=self.verify != "none")
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, WeightInfo]:
+def read_header(file: str | os.PathLike[str] | CheckpointFile, *, is_whole: bool = True) -> dict[str, WeightInfo]:
     """Every tensor of the file by name, with absolute offsets, in the order of the bytes.
 
-    Raises CheckpointNotFoundError, CorruptCheckpointError for whatever contradicts the format, CheckpointError for a
-    dtype that cannot be read here.
+    ``is_whole``: the file has to end where its tensors end. Raises CheckpointNotFoundError, CorruptCheckpointError for
+    whatever contradicts the format, CheckpointError for a dtype that cannot be read here.
     """
-    file = CheckpointFile.stat(Path(path))
+    if not isinstance(file, CheckpointFile):
+        file = CheckpointFile.stat(Path(file))
     with open_header(file) as stream:
         header = _header_bytes(stream, file)
     data_start = _LENGTH_NBYTES + len(header)
     infos = [_weight(name, entry, data_start, file) for name, entry in _parse(header, file).items()]
     infos.sort(key=_place)
-    _check_cover(infos, data_start, file)
+    _check_cover(infos, data_start, file, is_whole)
     return {info.name: info for info in infos}
 
 
@@ -174,8 +175,10 @@ def _place(info: WeightInfo) -> tuple[int, int]:
     return (info.span.offset, info.span.nbytes)
 
 
-def _check_cover(infos: list[WeightInfo], data_start: int, file: CheckpointFile) -> None:
-    """Refuse gaps, overlaps, and a file that is not as long as its tensors. ``infos`` are in the order of the bytes."""
+def _check_cover(infos: list[WeightInfo], data_start: int, file: CheckpointFile, is_whole: bool) -> None:
+    """Refuse gaps, overlaps, and, unless it need not be whole, a file that is not as long as its tensors. ``infos`` are
+    in the order of the bytes.
+    """
     expected, before = data_start, "the header"
     for info in infos:
         offset, nbytes = _place(info)
@@ -183,6 +186,8 @@ def _check_cover(infos: list[WeightInfo], data_start: int, file: CheckpointFile)
             what = "overlaps" if offset < expected else f"leaves a gap of {offset - expected} bytes after"
             _refuse(file, f"a tensor {what} {before}", weight=info.name)
         expected, before = offset + nbytes, repr(info.name)
+    if not is_whole:
+        return
     if file.size < expected:
         _refuse(file, f"the file is truncated: expected {expected} bytes, it has {file.size}")
     if file.size > expected:

@@ -23,6 +23,7 @@ from odewei.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpo
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
 from odewei.loaders.file_loader import FileLoader, open_again, open_header, read_span
 from odewei.loaders.names import Rename
+from odewei.loaders.sums import Verify
 from odewei.loaders.tensors import check_plain, contiguous_stride
 from odewei.loaders.zip_members import data_offset
 
@@ -47,14 +48,15 @@ class TorchLoader(FileLoader):
         dtype: torch.dtype | None = None,
         rename: Rename | None = None,
         prefix: str = "",
+        verify: Verify = "size",
     ) -> None:
-        super().__init__(path, device=device, dtype=dtype, rename=rename, prefix=prefix)
+        super().__init__(path, device=device, dtype=dtype, rename=rename, prefix=prefix, verify=verify)
         self.key = key
         self._mapped: dict[str, torch.Tensor] = {}
-        self._file: CheckpointFile | None = None
+        self._source: CheckpointFile | None = None
 
     def _read_headers(self) -> dict[str, WeightInfo]:
-        self._file = file = CheckpointFile.stat(self.path)
+        self._source = file = self._file(self.path)
         with open_header(file) as stream:
             entries = _entries(stream, file)
             stream.seek(0)
@@ -69,9 +71,9 @@ class TorchLoader(FileLoader):
             read_span(info, buffer)
             return
         self.weights()
-        assert self._file is not None
-        mapped = self._mapped or self._map_again(self._file)
-        _copy_mapped(info, mapped[info.name], self._file, buffer)
+        assert self._source is not None
+        mapped = self._mapped or self._map_again(self._source)
+        _copy_mapped(info, mapped[info.name], self._source, buffer)
 
     def close(self) -> None:
         self._mapped = {}
