@@ -15,7 +15,8 @@ from pathlib import Path
 
 from odewei.errors import CheckpointError, TraceError
 from odewei.loaders.base import CheckpointFile
-from odewei.loaders.file_loader import no_duplicates, open_header
+from odewei.loaders.file_loader import open_header
+from odewei.loaders.json_pairs import no_duplicates
 from odewei.trace_map import LONGEST
 
 __all__ = ["parse_trace", "read_trace", "trace_path", "write_trace"]

