@@ -21,6 +21,7 @@ __all__ = ["CheckpointIndex", "check_shard_name", "parse_index", "read_index"]
 
 _MAX_INDEX_NBYTES = 100_000_000
 _MAX_KEYS = 1000
+_MAX_SHARD_NAME = 1000
 _MAX_VALUE_NBYTES = 1 << 20  # of what is beside the mapping: it is read over
 _CURE = "Download the index again"
 
@@ -135,7 +136,7 @@ def check_shard_name(name: str, *, index: Path) -> None:
         what = "is absolute"
     elif ".." in windows.parts:
         what = "leads out of its folder"
-    elif "\0" in name or not windows.parts:
+    elif "\0" in name or not windows.parts or len(name) > _MAX_SHARD_NAME:
         _refuse(index, f"shard name {name[:200]!r} is no name of a file")
     else:
         return

@@ -50,6 +50,7 @@ NUMPY_DTYPES: dict[str, torch.dtype] = {
 """What NumPy calls the dtypes that torch has too, without the byte order."""
 
 _MAGIC = b"\x93NUMPY"
+_ARCHIVE = (b"PK\x03\x04", b"PK\x05\x06")  # zipfile would look for one anywhere in a file
 _MAX_HEADER_NBYTES = 10_000  # as in NumPy: longer ones could make the parser of Python overflow its stack
 _HEAD_NBYTES = _MAX_HEADER_NBYTES + 12
 _MAX_COUNT = 2**63 - 1
@@ -97,7 +98,11 @@ class NumpyLoader(FileLoader):
             return {path.name[:-4]: self._one(path.name[:-4], self._file(path)) for path in arrays_in(self.path)}
         file = self._file(self.path)
         with open_header(file) as stream:
-            if stream.read(len(_MAGIC)) != _MAGIC:
+            begin = stream.read(len(_MAGIC))
+            if begin != _MAGIC:
+                if not begin.startswith(_ARCHIVE):
+                    what = f"this is no archive of NumPy (it has {file.size} bytes), and no array; it was not read"
+                    _refuse(what, None, str(self.path))
                 return {info.name: info for info in self._members(stream, file)}
         return {self.path.stem: self._one(self.path.stem, file)}
 
@@ -126,7 +131,7 @@ class NumpyLoader(FileLoader):
         """The arrays of an archive."""
         try:
             with zipfile.ZipFile(stream) as archive:
-                members = [member for member in archive.infolist() if not member.is_dir()]
+                members = [member for member in archive.infolist() if not member.filename.endswith("/")]
                 placed = [(member, data_offset(member, stream, file.size)) for member in members]
                 check_disjoint(placed)
                 names = [member.filename.removesuffix(".npy") for member in members]
@@ -296,5 +301,5 @@ def _inflate_into(packed: _Packed, buffer: memoryview, weight: str) -> None:
             ) from error
 
 
-def _refuse(problem: str, weight: str, file: str, *, cause: Exception | None = None) -> NoReturn:
+def _refuse(problem: str, weight: str | None, file: str, *, cause: Exception | None = None) -> NoReturn:
     raise CorruptCheckpointError(problem, weight=weight, file=file, cure=_CURE) from cause

@@ -1,9 +1,10 @@
 """One file of ``torch.save`` (.pt, .pth, .bin): where in it the bytes of each tensor are.
 
 Since torch 1.6 such a file is a zip archive: a pickle, and one uncompressed entry per storage. The pickle is read by
-torch with ``weights_only=True``, always, and onto the meta device, which makes tensors without memory; torch leaves the
-offset of each storage on it as ``_checkpoint_offset`` (torch/serialization.py). What that says is believed only where
-the directory of the archive says the same. A torch that does not leave offsets is used through ``mmap=True``.
+torch with ``weights_only=True``, always, after ``scan_pickle`` has found that it takes little memory, and onto the meta
+device, which makes tensors without any; torch leaves the offset of each storage on it as ``_checkpoint_offset``
+(torch/serialization.py). What that says is believed only where the directory of the archive says the same. A torch
+that does not leave offsets is used through ``mmap=True``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from odewei.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpo
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
 from odewei.loaders.file_loader import FileLoader, open_again, open_header, read_span
 from odewei.loaders.names import Rename
+from odewei.loaders.pickle_scan import scan_pickle
 from odewei.loaders.sums import Verify
 from odewei.loaders.tensors import check_plain, contiguous_stride
 from odewei.loaders.zip_members import data_offset
@@ -149,6 +151,9 @@ def _entries(stream: BinaryIO, file: CheckpointFile) -> dict[int, int]:
             order = archive.read(members[names.index("byteorder")]).decode() if "byteorder" in names else "little"
             if order != sys.byteorder:
                 _refuse(file, f"the tensors are stored in {order!r} byte order, this machine differs", _RESAVE)
+            if "data.pkl" not in names:
+                raise zipfile.BadZipFile("there is no data.pkl in it")
+            scan_pickle(archive.read(members[names.index("data.pkl")]), len(places), file=str(file.path))
             return places
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
         raise CorruptCheckpointError(

@@ -222,11 +222,23 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
     """Many names for one piece of deflated zeros are how a zip bomb is made."""
     path = tmp_path / "m.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.npy", npy(shape=(10_000,), data=bytes(40_000)))
         archive.writestr("b.npy", npy(shape=(10_000,), data=bytes(40_000)))
-        begin = archive.getinfo("a.npy").header_offset
-    patched(path, "b.npy", header_offset=begin)
-    with pytest.raises(CorruptCheckpointError, match="overlaps"):
+        archive.fp.flush()  # type: ignore[union-attr]
+        inner = path.read_bytes()  # as it lies in an archive
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", npy(descr="|u1", shape=(len(inner),), data=inner), zipfile.ZIP_STORED)
+        archive.writestr("b.npy", npy(shape=(10_000,), data=bytes(40_000)))
+    patched(path, "b.npy", header_offset=path.read_bytes().index(inner))
+    with pytest.raises(CorruptCheckpointError, match=r"'b\.npy' overlaps 'a\.npy'"):
+        NumpyLoader(path).weights()
+
+
+def test_entries_with_two_names_are_refused(tmp_path: Path) -> None:
+    """What the directory calls an entry is what stands before its data; NumPy refuses it too."""
+    path = tmp_path / "m.npz"
+    np.savez(path, w=np.zeros(2))
+    path.write_bytes(path.read_bytes().replace(b"w.npy", b"x.npy", 1))
+    with pytest.raises(CorruptCheckpointError, match=r"'w\.npy' has another name where its data are"):
         NumpyLoader(path).weights()
 
 
