@@ -133,6 +133,9 @@ _GLOBALS = (
 )
 
 
+_BY_NUMBER = ("builtins bytearray", "torch Tensor", "torch.storage UntypedStorage", "torch HalfTensor")
+
+
 def pickle_bytes(rng: random.Random) -> bytes:
     """A pickle that no Pickler wrote: calls, numbers, and stacks out of order."""
     found = [b"\x80\x02"]
@@ -151,7 +154,7 @@ def pickle_bytes(rng: random.Random) -> bytes:
             )
         )
     if rng.random() < 0.4:  # one call and a mapping, so that some of it is reached
-        name = rng.choice(_GLOBALS).replace(" ", "\n").encode()
+        name = rng.choice(rng.choice((_GLOBALS, _BY_NUMBER))).replace(" ", "\n").encode()
         count = b"\x8a\x08" + struct.pack("<q", rng.choice((2**20, 2**28, 2**33, 2**40)))
         return b"\x80\x02}X\x01\x00\x00\x00wc" + name + b"\n" + count + rng.choice((b"\x85R", b"\x85\x81")) + b"s."
     return b"".join(found) + b"."

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import torch
 
 from odewei.errors import OdeweiError
 from odewei.loaders import WeightsLoader, open_checkpoint
-from odewei.loaders.gguf_file import QUANTISED
+from odewei.loaders.gguf_file import PLAIN, QUANTISED
 from odewei.loaders.tensors import DTYPES
 
 from .case import Case
@@ -44,6 +45,7 @@ _RAN = frozenset(
     | {"socket.connect", "os.remove", "os.rename", "ctypes.dlopen"}
 )
 _seen: list[tuple[str, str]] | None = None
+_watched = 0  # the thread
 
 
 class Misbehaved(Exception):
@@ -51,7 +53,7 @@ class Misbehaved(Exception):
 
 
 def _hook(event: str, arguments: tuple[object, ...]) -> None:
-    if _seen is not None and (event == "open" or event in _RAN):
+    if _seen is not None and threading.get_ident() == _watched and (event == "open" or event in _RAN):
         _seen.append((event, str(arguments[0]) if arguments else ""))
 
 
@@ -65,8 +67,8 @@ def watch_the_process() -> None:
 @contextmanager
 def _nothing_outside(folder: Path) -> Iterator[None]:
     """Raises Misbehaved if anything outside of ``folder`` is opened meanwhile, or something is run."""
-    global _seen
-    _seen = []
+    global _seen, _watched
+    _seen, _watched = [], threading.get_ident()
     try:
         yield
     finally:
@@ -189,11 +191,14 @@ def _by_gguf(path: Path) -> dict[str, torch.Tensor]:
 
     found = {}
     for tensor in GGUFReader(path).tensors:
-        data = np.array(tensor.data)
+        shape = [int(size) for size in reversed(tensor.shape)]
         if tensor.tensor_type.value in QUANTISED:
             with np.errstate(all="ignore"):
-                data = dequantize(data, tensor.tensor_type)
-        found[tensor.name] = torch.from_numpy(data).reshape([int(size) for size in reversed(tensor.shape)])
+                data = dequantize(np.array(tensor.data), tensor.tensor_type) if tensor.data.size else np.zeros(0, "f4")
+            found[tensor.name] = torch.from_numpy(data).reshape(shape)
+        else:
+            raw = torch.from_numpy(np.array(tensor.data).reshape(-1).view(np.uint8))
+            found[tensor.name] = raw.view(PLAIN[tensor.tensor_type.value]).reshape(shape)
     return found
 
 
