@@ -51,6 +51,7 @@ NUMPY_DTYPES: dict[str, torch.dtype] = {
 
 _MAGIC = b"\x93NUMPY"
 _ARCHIVE = (b"PK\x03\x04", b"PK\x05\x06")  # zipfile would look for one anywhere in a file
+_UNREADABLE = 0x61  # encrypted in one way or another, or a patch
 _MAX_HEADER_NBYTES = 10_000  # as in NumPy: longer ones could make the parser of Python overflow its stack
 _HEAD_NBYTES = _MAX_HEADER_NBYTES + 12
 _MAX_COUNT = 2**63 - 1
@@ -148,7 +149,7 @@ class NumpyLoader(FileLoader):
 
     def _member(self, member: zipfile.ZipInfo, raw: Span, stream: BinaryIO) -> WeightInfo:
         name, path = member.filename.removesuffix(".npy"), str(raw.file.path)
-        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        if member.flag_bits & _UNREADABLE or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             problem = "the entry is encrypted, or compressed in a way that NumPy does not use"
             raise CheckpointError(problem, weight=name, file=path, cure="Save it with numpy.savez")
         stream.seek(raw.offset)

@@ -165,7 +165,11 @@ def _entries(stream: BinaryIO, file: CheckpointFile) -> dict[int, int]:
 
 def _place(member: zipfile.ZipInfo, stream: BinaryIO, file: CheckpointFile) -> tuple[int, int]:
     """First byte and length of a member's data."""
-    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size or member.flag_bits & 1:
+    if (
+        member.compress_type != zipfile.ZIP_STORED
+        or member.compress_size != member.file_size
+        or member.flag_bits & 0x61
+    ):
         raise zipfile.BadZipFile(f"entry {member.filename!r} is compressed or encrypted, torch.save does neither")
     return data_offset(member, stream, file.size), member.file_size
 

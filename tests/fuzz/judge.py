@@ -6,6 +6,7 @@ it, and ran nothing.
 """
 
 import io
+import json
 import os
 import re
 import shutil
@@ -133,8 +134,20 @@ def _check_reason(content: bytes, text: str) -> None:
         safetensors.deserialize(content)
     except safetensors.SafetensorError:
         return
-    if not any(re.search(reason, text, re.DOTALL) for reason in STRICTER):
+    if not any(re.search(reason, text, re.DOTALL) for reason in STRICTER) and not _repeats_a_name(content):
         raise Misbehaved(f"refused, though the package safetensors accepts it: {text[:300]}")
+
+
+def _repeats_a_name(content: bytes) -> bool:
+    """Whether a header has a name twice. The last one counts for the package, and what is wrong with the first does not
+    matter to it; here the first is looked at first.
+    """
+    counts: list[bool] = []
+    length = int.from_bytes(content[:8], "little")
+    json.loads(
+        content[8 : 8 + length], object_pairs_hook=lambda pairs: counts.append(len(dict(pairs)) != len(pairs)) or {}
+    )
+    return any(counts)
 
 
 def _check_equal(case: Case, loader: WeightsLoader, found: dict[str, torch.Tensor], inside: Path) -> None:
