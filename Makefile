@@ -2,6 +2,7 @@
 #
 #   make demo DEMO_ARGS="--size 512MiB"     options of the demo (see: .venv/bin/odewei demo --help)
 #   make test TEST_ARGS="-k sharded -x"     options of pytest
+#   make fuzz FUZZ_ARGS="--seed 7 --kind torch"  options of the fuzzer (see: .venv/bin/python -m tests.fuzz --help)
 #   make bench BENCH_ARGS="--peers mmap"    options of the benchmark (see: .venv/bin/python -m benchmarks --help)
 #   make env  PYTHON=/path/to/python3.12    another interpreter (after: make clean)
 
@@ -20,12 +21,13 @@ endif
 NONE_IS_FINE = $(if $(TEST_ARGS),|| test $$? = 5)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test zoo bench gpu check format env clean
+.PHONY: help demo test zoo fuzz bench gpu check format env clean
 
 help:
 	@echo "make demo     real weights and a real size, streamed and resident, side by side"
 	@echo "make test     all tests but those of the zoo"
 	@echo "make zoo      289 architectures of transformers and diffusers, streamed and resident, byte for byte"
+	@echo "make fuzz     100,000 hostile files: clean errors or the right tensors, in 64 MiB"
 	@echo "make bench    odewei and its peers under one memory limit: benchmarks/results"
 	@echo "make gpu      tests and benchmark on an accelerator, where there is one"
 	@echo "make check    format, lint and types"
@@ -45,6 +47,9 @@ test: $(INSTALLED)
 # The counts by family come last.
 zoo: $(INSTALLED)
 	$(BIN)/python -m pytest tests/zoo -m "zoo or not zoo" --zoo-summary -q $(TEST_ARGS)
+
+fuzz: $(INSTALLED)
+	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 bench: $(PEERS)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

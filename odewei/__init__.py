@@ -22,6 +22,7 @@ from odewei.report import Report
 from odewei.runtime import find_runtime, runtime_of
 from odewei.torch import init_on_demand_weights_model
 from odewei.trace import Trace, load_trace, save_trace, trace
+from odewei.verify import verify
 
 __all__ = [
     "MemoryBudget",
@@ -36,6 +37,7 @@ __all__ = [
     "report",
     "save_trace",
     "trace",
+    "verify",
 ]
 
 __version__ = "0.1.0"

@@ -66,6 +66,8 @@ class MappedState:
         if info.span.offset % info.dtype.itemsize:
             return None  # torch computes with whole elements
         file = info.span.file
+        if info.span.offset + info.span.nbytes > file.size:
+            return None  # opened with verify="none": touching a page beyond the end would kill the process
         if file not in files:
             files[file] = _map(file)
         count = info.nbytes // info.dtype.itemsize

@@ -53,7 +53,7 @@ class CheckpointFile:
             ) from error
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"a file of the checkpoint cannot be looked at: {error}",
+                f"a file of the checkpoint cannot be looked at: {getattr(error, 'strerror', None) or error}",
                 file=str(path),
                 cure="Check the path, and that this user may read it",
             ) from error

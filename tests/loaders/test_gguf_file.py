@@ -217,3 +217,21 @@ def test_rows_in_another_order_are_warned_of(
     path.write_bytes(gguf_bytes([("blk.0.attn_q.weight", (2, 2), 0, bytes(16))], metadata))
     GgufLoader(path).weights()
     assert ("attn_q and attn_k" in caplog.text) == warns
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    """A small file cannot have weights of any size by having many of them in one place."""
+    place = struct.pack("<I2Q", 1, 32, 0)[:12] + struct.pack("<IQ", 0, 0)
+    tensors = b"".join(struct.pack("<Q", 1) + name + place for name in (b"a", b"b"))
+    head = b"GGUF" + struct.pack("<IQQ", 3, 2, 0) + tensors
+    (tmp_path / "m.gguf").write_bytes(head + bytes(-len(head) % 32) + bytes(128))
+    with pytest.raises(CorruptCheckpointError, match=r"overlaps 'a'.*'b'"):
+        GgufLoader(tmp_path / "m.gguf").weights()
+
+
+def test_metadata_with_a_name_twice_are_refused(tmp_path: Path) -> None:
+    """Which of two alignments counts is nobody's guess; llama.cpp refuses them too."""
+    entry = struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, 32)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + entry * 2 + bytes(32))
+    with pytest.raises(CorruptCheckpointError, match=r"'general\.alignment' twice"):
+        GgufLoader(tmp_path / "m.gguf").weights()
