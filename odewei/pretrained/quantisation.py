@@ -1,0 +1,82 @@
+"""Quantised checkpoints of transformers: whose modules hold what the checkpoint has, or that are dequantised on reading.
+
+Knows which methods can stream: those whose weights are used as they are stored, or computed from their sources one
+weight at a time. A method that changes all weights once they are in memory cannot.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from odewei.errors import CheckpointError, MissingPackageError
+
+__all__ = ["STREAMED", "find_quantiser"]
+
+STREAMED = frozenset({"fp8", "fbgemm_fp8", "bitnet", "mxfp4", "compressed-tensors"})
+"""The methods that are streamed, as config.json calls them, where their packages are installed and run here."""
+
+_PACKAGES = {
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "torchao": "torchao",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "aqlm": "aqlm",
+    "eetq": "kernels",
+    "mxfp4": "kernels",
+}
+_NAMED = re.compile(r"pip install (?:-U |--upgrade )?[`'\"]?([A-Za-z][\w.-]*)")
+
+
+def find_quantiser(config: Any, folder: Path) -> tuple[Any, Any]:
+    """Transformers' quantiser for the configuration, None where the checkpoint is not quantised, and the configuration
+    that it makes of it.
+
+    Raises MissingPackageError, CheckpointError for a method that cannot be streamed, or does not run here.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        settings = getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    if settings is None:
+        return None, config
+    method = _method(settings)
+    file = str(folder / "config.json")
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    try:
+        quantiser, config, _ = get_hf_quantizer(config, None, None, True, {})
+    except ImportError as error:
+        named = _NAMED.search(str(error))
+        package = named.group(1) if named else _PACKAGES.get(method, method)
+        raise MissingPackageError(
+            f"the checkpoint is quantised ({method}), and its modules need the package {package!r}",
+            file=file,
+            cure=f"pip install {package}",
+        ) from error
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint is quantised ({method}), which does not run here: {str(error).splitlines()[0][:300]}",
+            file=file,
+            cure="Use a checkpoint that is not quantised, or a machine that the method runs on",
+        ) from error
+    if quantiser is not None and method not in STREAMED:
+        raise CheckpointError(
+            f"a checkpoint quantised by {method} cannot be streamed: its weights are put together, or changed, by its "
+            "own code once all of them are in memory",
+            file=file,
+            cure=f"Use one that is not quantised, or quantised by {', '.join(sorted(STREAMED))}",
+        )
+    return quantiser, config
+
+
+def _method(settings: Any) -> str:
+    found = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if found is None and isinstance(settings, dict):
+        found = next((f"bitsandbytes_{bits}bit" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), None)
+    return str(getattr(found, "value", found))
