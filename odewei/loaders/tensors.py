@@ -111,7 +111,8 @@ def read_tensor(loader: WeightsLoader, info: WeightInfo, dtype: torch.dtype | No
     """Read one weight into fresh host memory of its own, aligned to 64 bytes.
 
     Cast to ``dtype`` (default: ``loader.dtype``, else ``info.wanted``; None: as stored) if :func:`is_castable` says
-    so. Strides are as stored. The tensor is an ordinary one even when the caller is in inference mode. Raises WeightReadError.
+    so. Strides are as stored. The tensor is an ordinary one even when the caller is in inference mode. Raises
+    WeightReadError.
     """
     wanted = dtype or loader.dtype or info.wanted
     with torch.inference_mode(False), torch.no_grad():

@@ -79,7 +79,6 @@ def from_pretrained(
 def stream_pipeline(
     path_or_pipeline: str | os.PathLike[str] | Pipeline,
     *,
-    memory_budget: int | str | MemoryBudget = "auto",
     folder: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
@@ -87,7 +86,7 @@ def stream_pipeline(
     trust_remote_code: bool = False,
     **options: Unpack[StreamOptions],
 ) -> Pipeline:
-    """A pipeline of diffusers all of whose models stream, under one budget and with one history.
+    """A pipeline of diffusers all of whose models stream, under one ``memory_budget`` and with one history.
 
     ``path_or_pipeline`` is a folder with a ``model_index.json``, or the id of such a repository, or a pipeline that was
     built already: its models are then replaced by streamed ones, read from ``folder`` (default: the folder that it was
@@ -97,13 +96,14 @@ def stream_pipeline(
     check_options(dict(options))
     from odewei.pretrained.pipelines import stream_folder, stream_parts
 
-    budget = memory_budget if isinstance(memory_budget, MemoryBudget) else MemoryBudget(memory_budget)
-    shared: StreamOptions = {**options, "memory_budget": budget}
+    budget = options.get("memory_budget", "auto")
+    if not isinstance(budget, MemoryBudget):
+        budget = MemoryBudget(budget, num_readers=options.get("num_readers", 4))
+    shared = options.copy()
+    shared["memory_budget"] = budget
     if not isinstance(path_or_pipeline, str | os.PathLike):
         return stream_parts(path_or_pipeline, folder, dtype=dtype, trusts_code=trust_remote_code, options=shared)
     from odewei.pretrained.hub import locate
 
-    place = locate(
-        path_or_pipeline, revision=revision, local_files_only=local_files_only, with_code=trust_remote_code
-    )
+    place = locate(path_or_pipeline, revision=revision, local_files_only=local_files_only, with_code=trust_remote_code)
     return stream_folder(place, dtype=dtype, trusts_code=trust_remote_code, options=shared)

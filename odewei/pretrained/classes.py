@@ -38,7 +38,7 @@ def choose(
             f"model_class={model_class!r} is neither a model class nor an auto class of transformers",
             cure="Give transformers.AutoModelForCausalLM, say, or leave it out",
         )
-    chosen = model_class or _custom(folder, stored, trusts_code) or _of_architectures(stored, transformers)
+    chosen: Any = model_class or _custom(folder, stored, trusts_code) or _of_architectures(stored, transformers)
     if chosen is not None and issubclass(chosen, nn.Module) and config is None and chosen.config_class is not None:
         return chosen, _own_config(chosen.config_class, folder)
     if config is None:

@@ -34,9 +34,7 @@ _CONFIGURATIONS = frozenset(
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema|ema)(-\d+-of-\d+)?\.")
 
 
-def locate(
-    path: str | os.PathLike[str], *, revision: str | None, local_files_only: bool, with_code: bool
-) -> Path:
+def locate(path: str | os.PathLike[str], *, revision: str | None, local_files_only: bool, with_code: bool) -> Path:
     """The folder at ``path``, or that of a repository's files in the hub's cache, downloaded where they are missing.
 
     Raises CheckpointNotFoundError, CheckpointError, MissingPackageError, OptionsError.

@@ -21,8 +21,8 @@ __all__ = ["Group", "Taken", "grouped"]
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A weight of the checkpoint on its way into the model: ``pattern`` is what a conversion knows it by, ``dtype`` what
-    it is cast to before (None: as stored).
+    """A weight of the checkpoint on its way into the model: ``pattern`` is what a conversion knows it by, ``dtype``
+    what it is cast to before (None: as stored).
     """
 
     info: WeightInfo

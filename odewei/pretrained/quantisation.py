@@ -1,4 +1,4 @@
-"""Quantised checkpoints of transformers: whose modules hold what the checkpoint has, or that are dequantised on reading.
+"""Quantised checkpoints of transformers: their modules hold what the checkpoint has, or it is dequantised on reading.
 
 Knows which methods can stream: those whose weights are used as they are stored, or computed from their sources one
 weight at a time. A method that changes all weights once they are in memory cannot.

@@ -84,8 +84,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, group: Group) -> None:
         super().__init__()
         self.leaves = [
-            torch.empty(taken.info.shape, dtype=taken.dtype or taken.info.dtype, device="meta")
-            for taken in group.taken
+            torch.empty(taken.info.shape, dtype=taken.dtype or taken.info.dtype, device="meta") for taken in group.taken
         ]
         self._group = group
         self._place = {leaf.untyped_storage()._cdata: place for place, leaf in enumerate(self.leaves)}

@@ -60,8 +60,9 @@ def build_transformers(
         model.hf_quantizer = quantiser
         quantiser.postprocess_model(model)
     # Every name was looked for above, ties and what may be missing included.
-    options = {**options, "on_missing": "init"} if options.get("on_missing", "error") == "error" else options
-    return init_on_demand_weights_model(lambda: model, loader, **options)
+    streamed = options.copy()
+    streamed["on_missing"] = "init"
+    return init_on_demand_weights_model(lambda: model, loader, **streamed)
 
 
 def _set_dtype(config: Any, dtype: torch.dtype | None, loader: WeightsLoader, quantiser: Any) -> torch.dtype:
@@ -159,7 +160,7 @@ def _incomplete(
         f"the checkpoint lacks {missing[0]!r}{also}, which {model} has",
         weight=missing[0],
         file=str(folder),
-        cure='Give the model_class that the checkpoint was made with, or on_missing="init" to initialise what is missing',
+        cure='Give the model_class that it was made with, or on_missing="init" to initialise what is missing',
     )
 
 
