@@ -84,7 +84,9 @@ def wanted_files(names: Sequence[str], *, with_code: bool) -> list[str]:
 
 def _snapshot(repository: str, revision: str | None, *, local_files_only: bool, with_code: bool) -> Path:
     hub = required("huggingface_hub", extra="hf", purpose=f"{repository!r} is no folder here; reading it from the hub")
-    offline = local_files_only or hub.constants.HF_HUB_OFFLINE
+    from huggingface_hub import constants
+
+    offline = local_files_only or constants.HF_HUB_OFFLINE
     if not offline:
         try:
             names = hub.HfApi().list_repo_files(repository, revision=revision)
