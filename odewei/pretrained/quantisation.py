@@ -10,12 +10,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from odewei.errors import CheckpointError, MissingPackageError
+from odewei.survey import walk
 
-__all__ = ["STREAMED", "find_quantiser"]
+__all__ = ["STREAMED", "find_quantiser", "have_parameters_hold_what_is_packed"]
 
-STREAMED = frozenset({"fp8", "fbgemm_fp8", "bitnet", "mxfp4", "compressed-tensors"})
-"""The methods that are streamed, as config.json calls them, where their packages are installed and run here."""
+STREAMED = frozenset({"bitnet", "fp8", "mxfp4"})
+"""The methods that are streamed, as config.json calls them: those that were tried."""
 
 _PACKAGES = {
     "gptq": "gptqmodel",
@@ -65,7 +68,13 @@ def find_quantiser(config: Any, folder: Path) -> tuple[Any, Any]:
             file=file,
             cure="Use a checkpoint that is not quantised, or a machine that the method runs on",
         ) from error
-    if quantiser is not None and method not in STREAMED:
+    if quantiser is None:
+        raise CheckpointError(
+            f"the checkpoint is quantised in a way that the installed transformers does not know: {method!r}",
+            file=file,
+            cure="Install a newer transformers, or use a checkpoint that is not quantised",
+        )
+    if method not in STREAMED:
         raise CheckpointError(
             f"a checkpoint quantised by {method} cannot be streamed: its weights are put together, or changed, by its "
             "own code once all of them are in memory",
@@ -73,6 +82,17 @@ def find_quantiser(config: Any, folder: Path) -> tuple[Any, Any]:
             cure=f"Use one that is not quantised, or quantised by {', '.join(sorted(STREAMED))}",
         )
     return quantiser, config
+
+
+def have_parameters_hold_what_is_packed(model: nn.Module) -> None:
+    """Make the persistent buffers of a quantised model without weights parameters: they are its weights, in a form that
+    its modules keep as buffers, which stay in memory.
+    """
+    for _, module, _ in walk(model):
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.numel() > 1 and name not in module._non_persistent_buffers_set:
+                del module._buffers[name]
+                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
 
 
 def _method(settings: Any) -> str:

@@ -25,7 +25,7 @@ from odewei.pretrained.converted import ConvertedLoader
 from odewei.pretrained.folder import TRANSFORMERS_WEIGHTS, open_weights
 from odewei.pretrained.naming import grouped
 from odewei.pretrained.options import StreamOptions
-from odewei.pretrained.quantisation import find_quantiser
+from odewei.pretrained.quantisation import find_quantiser, have_parameters_hold_what_is_packed
 from odewei.pretrained.ties import tie
 from odewei.torch import init_on_demand_weights_model
 
@@ -101,6 +101,7 @@ def _build(chosen: Any, config: Any, dtype: torch.dtype, quantiser: Any) -> nn.M
         patch_output_recorders(model)
         if quantiser is not None:
             quantiser.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=[])
+            have_parameters_hold_what_is_packed(model)
     assert isinstance(model, nn.Module)
     return model
 
