@@ -98,8 +98,10 @@ def stream_pipeline(
 
     budget = options.get("memory_budget", "auto")
     if not isinstance(budget, MemoryBudget):
-        budget = MemoryBudget(budget, num_readers=options.get("num_readers", 4))
+        readers, host = options.get("num_readers", 4), options.get("host_budget", "auto")
+        budget = MemoryBudget(budget, num_readers=readers, host_budget=host)
     shared = options.copy()
+    shared.pop("host_budget", None)
     shared["memory_budget"] = budget
     if not isinstance(path_or_pipeline, str | os.PathLike):
         return stream_parts(path_or_pipeline, folder, dtype=dtype, trusts_code=trust_remote_code, options=shared)

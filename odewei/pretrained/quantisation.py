@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from odewei.errors import CheckpointError, MissingPackageError
@@ -20,6 +21,7 @@ __all__ = ["STREAMED", "find_quantiser", "have_parameters_hold_what_is_packed"]
 STREAMED = frozenset({"bitnet", "fp8", "mxfp4"})
 """The methods that are streamed, as config.json calls them: those that were tried."""
 
+_DEQUANTISED = frozenset({"fp8", "mxfp4"})
 _PACKAGES = {
     "gptq": "gptqmodel",
     "awq": "gptqmodel",
@@ -37,9 +39,9 @@ _PACKAGES = {
 _NAMED = re.compile(r"pip install (?:-U |--upgrade )?[`'\"]?([A-Za-z][\w.-]*)")
 
 
-def find_quantiser(config: Any, folder: Path) -> tuple[Any, Any]:
+def find_quantiser(config: Any, folder: Path, device: torch.device) -> tuple[Any, Any]:
     """Transformers' quantiser for the configuration, None where the checkpoint is not quantised, and the configuration
-    that it makes of it.
+    that it makes of it. For the CPU, what only accelerators compute with is dequantised.
 
     Raises MissingPackageError, CheckpointError for a method that cannot be streamed, or does not run here.
     """
@@ -50,6 +52,8 @@ def find_quantiser(config: Any, folder: Path) -> tuple[Any, Any]:
         return None, config
     method = _method(settings)
     file = str(folder / "config.json")
+    if device.type == "cpu" and method in _DEQUANTISED and isinstance(settings, dict):
+        config.quantization_config = {**settings, "dequantize": True}
     from transformers.quantizers.auto import get_hf_quantizer
 
     try:

@@ -44,7 +44,7 @@ def build_transformers(
 ) -> nn.Module:
     """The streamed model of a folder; ``stored`` is what its config.json holds, ``dtype`` None stands for "auto"."""
     chosen, settings = choose(folder, stored, model_class=model_class, config=config, trusts_code=trusts_code)
-    quantiser, settings = find_quantiser(settings, folder)
+    quantiser, settings = find_quantiser(settings, folder, torch.device(options.get("device") or "cpu"))
     checkpoint = open_weights(folder, TRANSFORMERS_WEIGHTS, getattr(settings, "transformers_weights", None))
     settings.name_or_path = str(folder)
     main = _set_dtype(settings, dtype, checkpoint, quantiser)
