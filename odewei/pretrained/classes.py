@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from odewei.errors import CheckpointError, OdeweiError, OptionsError
+from odewei.errors import CheckpointError, MissingPackageError, OdeweiError, OptionsError
 from odewei.pretrained.folder import custom_code_refused
 from odewei.pretrained.options import required
 
 __all__ = ["choose"]
+
+_OLDEST = (5, 12)  # that was tried
 
 
 def choose(
@@ -28,6 +30,7 @@ def choose(
     Raises UnsafeCheckpointError, CheckpointError, OptionsError.
     """
     transformers = required("transformers", extra="hf", purpose="from_pretrained")
+    _check_version(transformers.__version__)
     if config is not None and not isinstance(config, transformers.PreTrainedConfig):
         raise OptionsError(
             f"config={type(config).__name__} is no configuration of transformers",
@@ -46,6 +49,16 @@ def choose(
     if chosen is None or not issubclass(chosen, nn.Module):
         chosen = _of_auto_class(chosen or transformers.AutoModel, config, folder, stored)
     return chosen, copy.deepcopy(config)
+
+
+def _check_version(version: str) -> None:
+    """Raise MissingPackageError for a transformers that loads checkpoints by other rules."""
+    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if found < _OLDEST:
+        raise MissingPackageError(
+            f"from_pretrained needs transformers {'.'.join(map(str, _OLDEST))} or newer, and {version} is installed",
+            cure="pip install --upgrade transformers, or use init_on_demand_weights_model with rename= and recipes",
+        )
 
 
 def _is_model_class(value: object, transformers: Any) -> bool:

@@ -160,6 +160,13 @@ def test_without_transformers(tmp_path: Path, missing: Callable[[str], None]) ->
     refused(MissingPackageError, r'transformers.*pip install "odewei\[hf\]"', folder)
 
 
+def test_an_old_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version whose rules are others is refused, with both versions."""
+    folder = configured(tmp_path)
+    monkeypatch.setattr(transformers, "__version__", "5.9.1")
+    refused(MissingPackageError, r"needs transformers 5\.12 or newer, and 5\.9\.1 is installed", folder)
+
+
 def test_without_diffusers(tmp_path: Path, missing: Callable[[str], None]) -> None:
     """The message names the package, which is in no extra of its own."""
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')

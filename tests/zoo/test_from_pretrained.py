@@ -17,6 +17,9 @@ from tests.zoo.architecture import Architecture
 from tests.zoo.check import SHARE, outputs, told_budget
 from tests.zoo.test_zoo import FAMILIES
 
+GENERATING = frozenset({"decoders", "encoder-decoders", "mixtures of experts", "state-space and recurrent"})
+"""The families whose tokens are compared too, where a model can generate."""
+
 QUICK = frozenset({"qwen2_moe", "t5", "llava"})
 
 
@@ -49,10 +52,19 @@ def test_round_trip(entry: Architecture, tmp_path: Path, record_property: Any) -
         assert not streamed.training
         assert _described(streamed) == _described(kept)
         assert same_bits(outputs(streamed, entry.inputs(1)), expected)
+        if entry.family in GENERATING and kept.can_generate():
+            assert torch.equal(_generated(streamed, entry), _generated(kept, entry))
         report = odewei.report(streamed)
         assert report.bytes_read or report.rows_read
     finally:
         odewei.close(streamed)
+
+
+def _generated(model: Any, entry: Architecture) -> torch.Tensor:
+    prompt = entry.inputs(3)["input_ids"]
+    mask = torch.ones_like(prompt)
+    found: torch.Tensor = model.generate(prompt, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    return found
 
 
 def smallest_pretrained(folder: Path, budget_bytes: int) -> nn.Module:
