@@ -175,6 +175,19 @@ def test_modules_that_stay_in_full_precision(tmp_path: Path) -> None:
         assert model.encoder.block[0].layer[1].DenseReluDense.wi.weight.dtype == torch.float16
 
 
+def test_buffers_are_computed_in_full_precision(tmp_path: Path) -> None:
+    """Buffers that no checkpoint has are computed in float32 and rounded at last, as transformers does (GPT-J's)."""
+    from tests.zoo.decoders import DECODERS
+
+    entry = next(entry for entry in DECODERS.entries if entry.name == "gptj")
+    kind = saved(entry.build, tmp_path)
+    kept = as_loaded(kind, tmp_path, dtype=torch.bfloat16)
+    with streamed(tmp_path, dtype=torch.bfloat16) as model:
+        expected = dict(kept.named_buffers())
+        assert {name: value.dtype for name, value in model.named_buffers()} == {n: b.dtype for n, b in expected.items()}
+        assert all(torch.equal(value, expected[name]) for name, value in model.named_buffers())
+
+
 def test_one_dtype_of_gathered_weights_for_another(tmp_path: Path) -> None:
     """Fused weights whose sources are stored in another dtype are cast; where the sources' dtypes differ, computed."""
     kind = saved(mixtral, tmp_path)
