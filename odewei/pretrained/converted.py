@@ -7,11 +7,13 @@ them, and the result is copied to its place. That takes their memory besides the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from odewei.errors import WeightMismatchError
 from odewei.loaders.base import WeightInfo, WeightsLoader
@@ -24,8 +26,8 @@ __all__ = ["ConvertedLoader"]
 
 
 class ConvertedLoader(WeightsLoader):
-    """``loader``'s weights, converted by ``groups``. ``model`` is one without values, of which the conversions ask
-    shapes and dtypes; it is kept, and must not be the one that streams.
+    """``loader``'s weights, converted by ``groups``. ``model`` is the model without weights, of which the conversions
+    ask shapes and dtypes. It will stream, so where conversions run later, what is kept is a copy without values.
 
     Raises WeightMismatchError if a conversion does not fit its sources.
     """
@@ -42,7 +44,7 @@ class ConvertedLoader(WeightsLoader):
                 self._infos[name] = one.info
                 if one.is_computed:
                     self._computed[name] = group
-        self._model = model if self._computed else None
+        self._model = _without_values(model) if self._computed and model is not None else None
 
     @property
     def place(self) -> Path | None:
@@ -91,3 +93,9 @@ class ConvertedLoader(WeightsLoader):
 
     def __repr__(self) -> str:
         return f"<ConvertedLoader of {len(self._infos)} weights, {len(self._computed)} computed, over {self._loader!r}>"
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy of a model without weights that has no values of buffers either."""
+    meta = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, memo=meta)

@@ -127,7 +127,7 @@ def _converted(model: Any, checkpoint: WeightsLoader, quantiser: Any, dtype: tor
 
     transforms = get_model_conversion_mapping(model, None, quantiser)
     groups = grouped(checkpoint.weights(), expected, transforms, model.base_model_prefix, cast)
-    loader = ConvertedLoader(checkpoint, groups, _without_values(model), model.config)
+    loader = ConvertedLoader(checkpoint, groups, model, model.config)
     model._weight_conversions = [transform for transform in transforms if transform.was_used()]
     return loader
 
@@ -135,12 +135,6 @@ def _converted(model: Any, checkpoint: WeightsLoader, quantiser: Any, dtype: tor
 def _dtype_plan(model: Any, dtype: torch.dtype) -> list[tuple[re.Pattern[str], torch.dtype]]:
     """The names whose weights keep another dtype than the model's, by patterns."""
     return [(re.compile(name.replace("*", ".*")), kept) for name, kept in model._get_dtype_plan(dtype).items()]
-
-
-def _without_values(model: nn.Module) -> nn.Module:
-    """A copy of a model without weights that has no values of buffers either, for questions about shapes and dtypes."""
-    meta = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    return copy.deepcopy(model, memo=meta)
 
 
 def _really_missing(model: Any, missing: Iterable[str]) -> list[str]:
