@@ -102,10 +102,10 @@ def _build(chosen: Any, config: Any, dtype: torch.dtype, quantiser: Any) -> nn.M
         if quantiser is not None:
             quantiser.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=[])
             have_parameters_hold_what_is_packed(model)
-    assert isinstance(model, nn.Module)
     for module in model.modules():  # once more, and not in the dtype: so transformers gives buffers their values
         vars(module).pop("_is_hf_initialized", None)
     model.initialize_weights()
+    assert isinstance(model, nn.Module)
     return model
 
 
