@@ -163,7 +163,7 @@ def test_without_transformers(tmp_path: Path, missing: Callable[[str], None]) ->
 def test_an_old_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A version whose rules are others is refused, with both versions."""
     folder = configured(tmp_path)
-    monkeypatch.setattr(transformers, "__version__", "5.9.1")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.9.1")
     refused(MissingPackageError, r"needs transformers 5\.12 or newer, and 5\.9\.1 is installed", folder)
 
 
