@@ -22,6 +22,7 @@ COMMANDS = (
     "demo",
     "align",
     "verify",
+    "run",
 )
 
 

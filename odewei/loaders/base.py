@@ -101,6 +101,8 @@ class WeightInfo:
     ``name`` is the checkpoint's, also where a loader has the weight under another.
 
     A weight that is gathered from several has ``parts``, no span and no stride; the parts fill it, each element once.
+    ``wanted`` is the dtype that this weight is to be cast to, where the loader knows it of each by itself; it counts
+    where neither the ``dtype`` of the model's options nor that of the loader is given.
     """
 
     name: str
@@ -109,6 +111,7 @@ class WeightInfo:
     span: Span | None
     stride: tuple[int, ...] | None = None
     parts: tuple[WeightPart, ...] = ()
+    wanted: torch.dtype | None = None
 
     @property
     def file(self) -> str | None:
