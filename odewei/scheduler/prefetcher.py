@@ -28,7 +28,7 @@ from odewei.scheduler.drivers import Driver, was_closed
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.machine import SECONDS_BETWEEN_LOOKS
 from odewei.scheduler.read_queue import Batch, ReadQueue
-from odewei.scheduler.reader import FileTable, cannot_read
+from odewei.scheduler.reader import FileTable
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slabs import Slab
 
@@ -251,6 +251,7 @@ class PrefetchingDriver(Driver):
                 await drain(executor=self._pool)
 
     async def _open(self, files: FileTable, file: CheckpointFile) -> None:
+        """Open it ahead of its use, if that works."""
         if files.is_open(file):
             return
         try:
@@ -258,8 +259,8 @@ class PrefetchingDriver(Driver):
                 if not files.is_open(file):
                     opened = await aiofiles.open(file.path, "rb", buffering=0, opener=files.opener, executor=self._pool)
                     files.keep(file, opened._file)  # type: ignore[attr-defined]
-        except OSError as error:
-            raise cannot_read(file, error) from error
+        except (OSError, RuntimeError):  # no file, no descriptor, no thread
+            pass  # the job that reads it tries again, and its error names the weight
         finally:
             self._opening.pop((files, file), None)
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from odewei.errors import ClosedError, OdeweiError
+from odewei.errors import ClosedError, OdeweiError, WeightReadError
 from odewei.loaders.base import Span
 from odewei.scheduler.reader import FileTable, cannot_read
 from odewei.scheduler.row_slots import Ids, RowSlots
@@ -207,18 +207,22 @@ class RowTable:
             for position, first, count in runs_of(rows, max(1, _LONGEST_READ // size))
         ]
         try:
-            fd = files.fd(file)
+            opened = files.opened(file)
         except OSError as error:
             raise cannot_read(file, error) from error
-        for at, offset, nbytes in _announced(fd, reads):
+        for at, offset, nbytes in _announced(opened.fd, reads):
             part = target[at : at + nbytes]
             try:
-                count = os.preadv(fd, [part.data], offset)
+                count = os.preadv(opened.fd, [part.data], offset)
             except OSError:
                 count = 0
             if count != nbytes:
                 files.read(file, [part], offset, nbytes)  # knows what to do about it
-        file.check_unchanged(fd)  # after reading: rows of another file are never handed on
+        try:
+            file.check_unchanged(opened.fd)  # after reading: rows of another file are never handed on
+        except WeightReadError:
+            files.give_up(file)
+            raise
         return made if place.stored == place.dtype else made.to(place.dtype)
 
     def _named(self, error: OdeweiError) -> OdeweiError:
