@@ -225,7 +225,7 @@ def no_memory(record: UnitRecord, limit_bytes: int, error: BaseException) -> Ode
         f"there is no memory for a unit of {record.nbytes} bytes ({format_nbytes(record.nbytes)}) within a budget of "
         f"{limit_bytes} bytes ({format_nbytes(limit_bytes)}), also after others have left: {error}",
         module=record.name,
-        cure="Pass a smaller memory_budget, so that the rest of the program leaves room for it",
+        cure="Pass a smaller memory_budget, or raise the limit on memory (ulimit -v); the next call tries again",
     )
 
 

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 import aiofiles
 import aiofiles.os
 
-from odewei.errors import ClosedError
+from odewei.errors import ClosedError, ModelError, WeightReadError
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.drivers import Driver, was_closed
 from odewei.scheduler.ledger import Ledger
@@ -43,7 +43,7 @@ class PrefetchingDriver(Driver):
         self._num_readers = num_readers
         self._reader_prefix = f"odewei-reader-{name}_"
         self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix=self._reader_prefix[:-1])
-        self._loop = asyncio.new_event_loop()
+        self._loop = _new_loop()
         self._thread = threading.Thread(target=self._run, name=f"odewei-scheduler-{name}", daemon=True)
         self._awake = asyncio.Event()
         self._queue = ReadQueue()
@@ -60,9 +60,11 @@ class PrefetchingDriver(Driver):
 
     def start(self) -> None:
         with self.ledger.lock:
-            is_new = self._thread.ident is None
-            if is_new:
-                self._thread.start()
+            if self._thread.ident is None:
+                try:
+                    self._thread.start()
+                except RuntimeError as error:
+                    raise _cannot_start(error) from error
 
     def poke(self) -> None:
         if self.ledger.needs_driver():
@@ -248,7 +250,23 @@ class PrefetchingDriver(Driver):
         while not self._closing:
             await self._queued.acquire()
             if self._queue:
-                await drain(executor=self._pool)
+                try:
+                    await drain(executor=self._pool)
+                except RuntimeError as error:
+                    if not str(error).startswith(_NO_THREAD):
+                        raise
+                    self._without_thread(error)
+
+    def _without_thread(self, error: RuntimeError) -> None:
+        """The system gives no thread to read with. Where there is one already it does the work of all."""
+        if not self._pool._threads:
+            reason = WeightReadError(
+                f"no thread can be started to read with: {error}",
+                cure="Raise the limits on threads and memory (ulimit -u, -v), or use prefetch_depth=0; the next use "
+                "tries again",
+            )
+            reason.__cause__ = error
+            self._queue.abandon(reason)
 
     async def _open(self, files: FileTable, file: CheckpointFile) -> None:
         """Open it ahead of its use, if that works."""
@@ -263,6 +281,23 @@ class PrefetchingDriver(Driver):
             pass  # the job that reads it tries again, and its error names the weight
         finally:
             self._opening.pop((files, file), None)
+
+
+_NO_THREAD = "can't start new thread"  # what threading says
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.new_event_loop()
+    except OSError as error:
+        raise _cannot_start(error) from error
+
+
+def _cannot_start(error: Exception) -> ModelError:
+    return ModelError(
+        f"the thread that reads the weights cannot be started: {error}",
+        cure="Raise the limits on open files, threads and memory (ulimit -n, -u, -v), or use prefetch_depth=0",
+    )
 
 
 def _death(error: BaseException) -> ClosedError:
