@@ -22,6 +22,7 @@ from odewei.scheduler.plan import Decision
 from odewei.scheduler.reader import Resized, UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slabs import Slab
+from odewei.scheduler.states import State
 
 __all__ = ["Driver", "SynchronousDriver", "was_closed"]
 
@@ -239,6 +240,7 @@ class SynchronousDriver(Driver):
         super().__init__(ledger)
         self._turn = threading.RLock()  # one thread reads at a time
         self._reading = False
+        self._torn = False  # an interrupt has ended a turn
 
     def start(self) -> None:
         pass
@@ -249,8 +251,10 @@ class SynchronousDriver(Driver):
         self.ledger.adapt()
         if self.ledger.pool.budget.free_bytes < 0:
             with self._turn:
+                self._begin_turn()
                 while (decision := self.ledger.next_shedding()) is not None:
                     self._make_room(decision)
+                self._torn = False
 
     def leave_for_good(self, account: Account) -> None:
         self.close()
@@ -262,6 +266,7 @@ class SynchronousDriver(Driver):
         with self._turn:
             if self._reading:
                 raise self._used_by_its_reader()
+            self._begin_turn()
             self.ledger.adapt()
             while not waiter.done.is_set():
                 decision = self.ledger.next_decision()
@@ -269,6 +274,17 @@ class SynchronousDriver(Driver):
                 slab = self._make_room(decision)
                 if slab is not None and decision.fetch is not None:
                     self._read(self.ledger.units[decision.fetch], slab)
+            self._torn = False
+
+    def _begin_turn(self) -> None:
+        """Until this turn has ended as it should, it counts as interrupted."""
+        if self._torn:
+            for record in tuple(self.ledger.units.values()):
+                self.ledger.restart(record.id)
+                if record.state in (State.ABSENT, State.FAILED):
+                    record.account.client.retract(record.place)
+            self.ledger.pool.reclaim({record.name for record in self.ledger.units.values()})
+        self._torn = True
 
     def _read(self, record: UnitRecord, slab: Slab) -> None:
         self.ledger.begin_read(record.id, slab)

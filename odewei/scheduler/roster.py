@@ -78,6 +78,15 @@ class Roster:
         self._pool.set_limit(nbytes)
         self._set_windows()
 
+    def begin_anew(self) -> None:
+        """Have the outlook know nothing but what is expected of these models."""
+        self._outlook.begin_anew()
+        for record in self.units.values():
+            if record.on_demand:
+                self._outlook.expect_at_random(record.id)
+        self._set_windows()
+        self._expect()
+
     def _expect(self) -> None:
         self._outlook.seed([unit for account in self.accounts for unit in account.order])
 

@@ -166,6 +166,9 @@ class RowTable:
         """The rows that are cached, and the slots; None in place of these if all are. Other rows have no meaning."""
         place = self.place
         with here.lock:
+            if here.torn:
+                here.slots = RowSlots(here.slots.count, place.rows)
+                here.torn = False
             slots = here.slots.find(rows)
             self.counters.looked_up += len(rows)
             missing = len(rows) and slots.min() < 0
@@ -188,9 +191,11 @@ class RowTable:
         else:
             _items(found)[missing] = items[inverse]
         with here.lock:
+            here.torn = True  # what ends this half way may leave slots without their rows
             slots = here.slots.put(wanted)
             if len(new := np.flatnonzero(slots >= 0)):
                 _items(here.memory)[slots[new]] = items[new]
+            here.torn = False
             self.counters.read += len(wanted)
             self.counters.bytes_read += len(wanted) * self.place.stored_row_bytes
             self.counters.seconds += seconds
@@ -250,6 +255,7 @@ class _Here:
     def __init__(self, place: TablePlace, slots: int, slab: Slab | None, pool: SlabPool) -> None:
         self.lock = threading.RLock()  # a finalizer may close the table in a thread that holds it
         self.slots = RowSlots(slots, place.rows)
+        self.torn = False
         self.files = FileTable(direct=False, scratch_bytes=1)
         self.memory = _matrix(slab, slots, place.row_bytes)
         self._slab = slab
