@@ -17,6 +17,7 @@ import torch
 
 from odewei.errors import ClosedError, ModelError, OdeweiError, WeightReadError
 from odewei.scheduler.budget import format_nbytes
+from odewei.scheduler.forks import is_held_by_nobody_here, watch
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.plan import Decision
 from odewei.scheduler.reader import Resized, UnitReader
@@ -32,6 +33,11 @@ class Driver(ABC):
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        watch(self)
+
+    def after_fork(self) -> None:
+        """In a forked child, which has none of this driver's threads."""
+        self.ledger.after_fork()
 
     # -- models come and go ------------------------------------------------------------------------------------------
 
@@ -241,6 +247,12 @@ class SynchronousDriver(Driver):
         self._turn = threading.RLock()  # one thread reads at a time
         self._reading = False
         self._torn = False  # an interrupt has ended a turn
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        if is_held_by_nobody_here(self._turn):
+            self._turn = threading.RLock()
+            self.ledger.close_forked()
 
     def start(self) -> None:
         pass

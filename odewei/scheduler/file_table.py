@@ -22,6 +22,7 @@ import numpy as np
 
 from odewei.errors import WeightReadError
 from odewei.loaders.base import CheckpointFile
+from odewei.scheduler.forks import watch
 from odewei.scheduler.slabs import Bytes
 
 __all__ = ["FileTable", "OpenFile", "cannot_read", "open_direct"]
@@ -89,6 +90,11 @@ class FileTable:
         self._buffered: dict[CheckpointFile, OpenFile] = {}  # those that refused a direct read
         self._lock = threading.Lock()
         self._local = threading.local()
+        watch(self)
+
+    def after_fork(self) -> None:
+        """In the child: descriptors can be shared, the lock cannot."""
+        self._lock = threading.Lock()
 
     def is_open(self, file: CheckpointFile) -> bool:
         return file in self._open

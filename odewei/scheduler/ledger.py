@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from odewei.errors import ClosedError
+from odewei.scheduler.forks import is_held_by_nobody_here, was_forked
 from odewei.scheduler.leases import LeaseBook, ThreadLeases
 from odewei.scheduler.machine import AutoLimit
 from odewei.scheduler.outlook import Outlook
@@ -396,6 +397,8 @@ class Ledger(Books):
     def _open_record(self, unit: int) -> UnitRecord:
         record = self.units.get(unit)
         reason = self._closed if record is None else self._closed or record.account.closed
+        if isinstance(reason, ClosedError):
+            raise ClosedError(reason.problem, cure=reason.cure) from reason
         if record is None or reason is not None:
             raise ClosedError("the model was closed", cure="Build it again to use it again") from reason
         return record
@@ -508,6 +511,22 @@ class Ledger(Books):
             waiter.finish(error)
         record.waiters = ()
         self._demanded.pop(record.id, None)
+
+    # -- after a fork ------------------------------------------------------------------------------------------------
+
+    def after_fork(self) -> None:
+        """In the child: if another thread was in here, the books cannot be used any more."""
+        pool_is_whole = self.pool.after_fork()
+        if is_held_by_nobody_here(self.lock):
+            self.lock = threading.RLock()
+            self._changing = False
+            pool_is_whole = False
+        if not pool_is_whole:
+            self.close_forked()
+
+    def close_forked(self) -> None:
+        """In the child: no more accesses. Wakes nobody: those who wait are in the parent."""
+        self._closed = self._closed or was_forked()
 
     # -- after an interrupt ------------------------------------------------------------------------------------------
 

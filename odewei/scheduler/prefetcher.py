@@ -25,6 +25,7 @@ import aiofiles.os
 from odewei.errors import ClosedError, ModelError, WeightReadError
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.drivers import Driver, was_closed
+from odewei.scheduler.forks import was_forked
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.machine import SECONDS_BETWEEN_LOOKS
 from odewei.scheduler.read_queue import Batch, ReadQueue
@@ -70,6 +71,10 @@ class PrefetchingDriver(Driver):
         if self.ledger.needs_driver():
             self._wake()
 
+    def after_fork(self) -> None:
+        super().after_fork()
+        self._poked = True  # for ever: what wakes the loop is the parent's, too
+
     def _wake(self) -> None:
         """Wake the loop. Takes no lock: finalizers call it."""
         if self._poked or self._closing:
@@ -82,10 +87,7 @@ class PrefetchingDriver(Driver):
         if self._is_own_thread():
             raise self._used_by_its_reader()
         if os.getpid() != self._process:
-            raise ClosedError(
-                "the process was forked, and the thread that reads the weights stayed behind",
-                cure="Build the model in the child, or start processes with the method 'spawn'",
-            )
+            raise was_forked()
         self._begin_to_serve(waiter)
         waiter.done.wait()
 
@@ -95,6 +97,8 @@ class PrefetchingDriver(Driver):
         self._wake()
 
     def leave_for_good(self, account: Account) -> None:
+        if os.getpid() != self._process:
+            return  # the loop, its descriptors included, is the parent's
         if self._thread.ident is None:
             self.close()
             return
@@ -108,6 +112,8 @@ class PrefetchingDriver(Driver):
 
     def close(self) -> None:
         """May run in any thread at any moment, as a finalizer: the loop's thread does the work, under no lock."""
+        if os.getpid() != self._process:
+            return
         if self._thread.ident is None:
             self._pool.shutdown()
             self._loop.close()
@@ -121,8 +127,7 @@ class PrefetchingDriver(Driver):
 
     def _may_wait(self) -> bool:
         """Whether the caller may wait for the loop's thread: it is not part of it, and holds nothing that it needs."""
-        is_here = os.getpid() == self._process  # a forked child has no such thread
-        return is_here and not self._is_own_thread() and not self.ledger.is_held_by_caller()
+        return not self._is_own_thread() and not self.ledger.is_held_by_caller()
 
     def _is_own_thread(self) -> bool:
         """Whether the caller is the loop's thread or a reader, which must wait for neither."""

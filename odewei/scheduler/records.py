@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from odewei.scheduler.forks import watch
 from odewei.scheduler.plan import Window
 from odewei.scheduler.reader import FileTable, UnitReader
 from odewei.scheduler.slabs import Slab
@@ -62,7 +63,7 @@ class _Flag:
     def wait(self) -> None:
         """To be called by one thread, once."""
         self._closed.acquire()
-        self._closed.release()
+        self.set()
 
 
 class Waiter:
@@ -121,6 +122,12 @@ class BusyTime:
         self._running = 0
         self._since = 0.0
         self._lock = threading.Lock()
+        watch(self)
+
+    def after_fork(self) -> None:
+        """In the child: no read of the parent's is one of its own."""
+        self._lock = threading.Lock()
+        self._running = 0
 
     @property
     def seconds(self) -> float:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Container, Iterable
 import numpy as np
 
 from odewei.scheduler.budget import Budget, Reservation
+from odewei.scheduler.forks import is_held_by_nobody_here
 from odewei.scheduler.host_memory import HUGE_PAGE, PAGE, Bytes, HostMemory
 from odewei.scheduler.whole import Books, whole
 
@@ -255,6 +256,14 @@ class SlabPool(Books):
     def is_held_by_caller(self) -> bool:
         """Whether this thread is inside a method of the pool."""
         return self.lock._is_owned()  # type: ignore[no-any-return]
+
+    def after_fork(self) -> bool:
+        """In the child: whether the pool is whole, because no other thread was in here."""
+        if not is_held_by_nobody_here(self.lock):
+            return True
+        self.lock = threading.RLock()
+        self._changing = False
+        return False
 
     @whole
     def check_invariants(self) -> None:
