@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import FrameType
@@ -194,6 +195,7 @@ class Driver(ABC):
             record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
             record.account.client.bind(record.place)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep the tensors
             self.ledger.fail(record.id, error)
         else:
             self.ledger.arrive(record.id)
@@ -290,13 +292,18 @@ class SynchronousDriver(Driver):
 
     def _begin_turn(self) -> None:
         """Until this turn has ended as it should, it counts as interrupted."""
+        self._mend()
+        self._torn = True
+
+    def _mend(self) -> None:
+        """What an interrupted turn has left on its way is absent again, unbound, and its memory free."""
         if self._torn:
             for record in tuple(self.ledger.units.values()):
                 self.ledger.restart(record.id)
                 if record.state in (State.ABSENT, State.FAILED):
                     record.account.client.retract(record.place)
             self.ledger.pool.reclaim({record.name for record in self.ledger.units.values()})
-        self._torn = True
+            self._torn = False
 
     def _read(self, record: UnitRecord, slab: Slab) -> None:
         self.ledger.begin_read(record.id, slab)
@@ -319,4 +326,6 @@ class SynchronousDriver(Driver):
 
     def close(self) -> None:
         with self._turn:
+            if not self._reading:  # a reader that closes its own model does not interrupt itself
+                self._mend()
             super().close()

@@ -11,6 +11,7 @@ given up, so that the next read opens whatever is there then: what was put back 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import mmap
@@ -33,6 +34,7 @@ _PASSING = (errno.EIO, errno.EINTR)  # errors that a second try may not meet
 
 _TOO_MANY = "Too many files are open: close some, or raise the limit (ulimit -n); the next use tries again"
 _CURES = {
+    errno.ENOENT: "Put the original file back, or build the model again from the new one",
     errno.EMFILE: _TOO_MANY,
     errno.ENFILE: _TOO_MANY,
     errno.ENOMEM: "Use a smaller memory_budget, or raise the limit on memory (ulimit -v); the next use tries again",
@@ -62,8 +64,8 @@ def cannot_read(file: CheckpointFile, error: OSError) -> WeightReadError:
 
 
 class OpenFile:
-    """A descriptor that closes when nobody has it any more: under a thread that reads from it, its number must not
-    become that of another file.
+    """A descriptor that closes when nobody has it any more, the frames of an error that somebody keeps included: under
+    a thread that reads from it, its number must not become that of another file.
     """
 
     __slots__ = ("fd",)
@@ -72,7 +74,8 @@ class OpenFile:
         self.fd = fd
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        with contextlib.suppress(OSError):  # somebody else has closed it
+            os.close(self.fd)
 
 
 class FileTable:
@@ -115,22 +118,39 @@ class FileTable:
             found = self._open.pop(file, None), self._buffered.pop(file, None)
         del found  # closes under no lock
 
+    def use(self, file: CheckpointFile, work: Callable[[OpenFile], object]) -> None:
+        """Have ``work`` read from the open file. Raises WeightReadError for its OSError.
+
+        If that fails with a descriptor from before, it is done once more with a fresh one: somebody may have closed the
+        old one, a network's file system may have lost it, or the file may have been put back.
+        """
+        for is_last in (False, True):
+            is_fresh = file not in self._open and file not in self._buffered
+            try:
+                work(self.opened(file))
+                return
+            except OSError as error:
+                self.give_up(file)
+                if is_last or is_fresh or error.errno in _PASSING:
+                    raise cannot_read(file, error) from error
+            except WeightReadError:
+                self.give_up(file)
+                if is_last or is_fresh:
+                    raise
+
     def read(self, file: CheckpointFile, buffers: Sequence[Bytes], offset: int, needed: int) -> None:
         """Fill the buffers in turn from ``offset`` on, with at least ``needed`` bytes. Raises WeightReadError."""
-        try:
-            found = self._read_fully(file, [buffer.data for buffer in buffers], offset, needed)
+
+        def fill(opened: OpenFile) -> None:
+            found = self._read_fully(opened, file, [buffer.data for buffer in buffers], offset, needed)
             if found < needed:
                 raise WeightReadError(
                     f"the file ends {needed - found} bytes too early",
                     file=str(file.path),
                     cure="It was cut short while the model was using it: put the whole file back",
                 )
-        except OSError as error:
-            self.give_up(file)
-            raise cannot_read(file, error) from error
-        except WeightReadError:
-            self.give_up(file)
-            raise
+
+        self.use(file, fill)
 
     def scratch(self) -> Bytes:
         """This thread's scratch buffer; it begins at a page."""
@@ -149,34 +169,32 @@ class FileTable:
             self._buffered.clear()
         del found
 
-    def _read_fully(self, file: CheckpointFile, buffers: list[memoryview], offset: int, needed: int) -> int:
+    def _read_fully(
+        self, opened: OpenFile, file: CheckpointFile, buffers: list[memoryview], offset: int, needed: int
+    ) -> int:
         """As many bytes as there are, at least ``needed``, all of them from the file whose header was read."""
         found = failures = 0
-        opened = self.opened(file)
-        try:
-            while found < needed:
-                try:
-                    count = os.preadv(opened.fd, buffers, offset + found)
-                except OSError as error:
-                    if error.errno == errno.EINVAL and self.opener is not None and file not in self._buffered:
-                        file.check_unchanged(opened.fd)  # of what was found so far
-                        opened = self._fall_back(file)  # refused here, or a short read has left an odd offset
-                    elif error.errno in _PASSING and failures < _RETRIES:
-                        failures += 1
-                    else:
-                        raise
-                    continue
-                if count == 0:
-                    break
-                found += count
-                while buffers and count >= len(buffers[0]):
-                    count -= len(buffers.pop(0))
-                if count:
-                    buffers[0] = buffers[0][count:]
-            file.check_unchanged(opened.fd)
-            return found
-        finally:
-            del opened  # or whoever keeps the error would keep the file open
+        while found < needed:
+            try:
+                count = os.preadv(opened.fd, buffers, offset + found)
+            except OSError as error:
+                if error.errno == errno.EINVAL and self.opener is not None and file not in self._buffered:
+                    file.check_unchanged(opened.fd)  # of what was found so far
+                    opened = self._fall_back(file)  # refused here, or a short read has left an odd offset
+                elif error.errno in _PASSING and failures < _RETRIES:
+                    failures += 1
+                else:
+                    raise
+                continue
+            if count == 0:
+                break
+            found += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if count:
+                buffers[0] = buffers[0][count:]
+        file.check_unchanged(opened.fd)
+        return found
 
     def _fall_back(self, file: CheckpointFile) -> OpenFile:
         """Read this file through the page cache from now on; a direct descriptor stays open for those reading from

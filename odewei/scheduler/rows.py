@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from odewei.errors import ClosedError, OdeweiError, WeightReadError
+from odewei.errors import ClosedError, OdeweiError
 from odewei.loaders.base import Span
-from odewei.scheduler.reader import FileTable, cannot_read
+from odewei.scheduler.file_table import FileTable, OpenFile
 from odewei.scheduler.row_slots import Ids, RowSlots
 from odewei.scheduler.slabs import Bytes, Slab, SlabPool, slab_bytes
 
@@ -211,23 +211,19 @@ class RowTable:
             (position * size, start + first * size, count * size)
             for position, first, count in runs_of(rows, max(1, _LONGEST_READ // size))
         ]
-        try:
-            opened = files.opened(file)
-        except OSError as error:
-            raise cannot_read(file, error) from error
-        for at, offset, nbytes in _announced(opened.fd, reads):
-            part = target[at : at + nbytes]
-            try:
-                count = os.preadv(opened.fd, [part.data], offset)
-            except OSError:
-                count = 0
-            if count != nbytes:
-                files.read(file, [part], offset, nbytes)  # knows what to do about it
-        try:
+
+        def fill(opened: OpenFile) -> None:
+            for at, offset, nbytes in _announced(opened.fd, reads):
+                part = target[at : at + nbytes]
+                try:
+                    count = os.preadv(opened.fd, [part.data], offset)
+                except OSError:
+                    count = 0
+                if count != nbytes:
+                    files.read(file, [part], offset, nbytes)  # knows what to do about it
             file.check_unchanged(opened.fd)  # after reading: rows of another file are never handed on
-        except WeightReadError:
-            files.give_up(file)
-            raise
+
+        files.use(file, fill)
         return made if place.stored == place.dtype else made.to(place.dtype)
 
     def _named(self, error: OdeweiError) -> OdeweiError:

@@ -160,6 +160,9 @@ class SlabPool(Books):
                     return None
                 slab = self._resized(owner, nbytes)
             if slab is None:
+                if nbytes > self.budget.free_bytes + self._unneeded_bytes():
+                    self._find_lost(self._in_use)
+                    self._drain()
                 self._unmap_free(nbytes)
                 reservation = self.budget.reserve(owner, nbytes, beyond_limit=beyond_limit)
                 try:
@@ -250,6 +253,7 @@ class SlabPool(Books):
         """Unmap every free slab; those in use follow when their last tensor dies."""
         with self.lock:
             self._closed = True
+            self._find_lost(self._in_use)
             self._drain()
             self._unmap_free(None)
 
