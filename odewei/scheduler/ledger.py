@@ -321,13 +321,14 @@ class Ledger(Books):
 
     @whole
     def shrink_for(self, unit: int) -> bool:
-        """The system had no memory for the unit: from now on the budget is what is in use. True: try once more, when
-        others have left for it.
+        """The system had no memory for the unit: from now on the budget is what is in use, but never less than one step
+        needs: the shortage may pass. True: try once more, when others have left for it.
         """
         with self.lock:
             again = unit not in self._shrunk_for
             self._shrunk_for.add(unit)
-            self.roster.limit(max(1, self.pool.budget.used_bytes))
+            budget = self.pool.budget
+            self.roster.limit(min(budget.limit_bytes, max(1, self.roster.least_bytes, budget.used_bytes)))
             return again
 
     @whole

@@ -66,12 +66,17 @@ class Roster:
         limit = self.auto.changed(
             budget.limit_bytes,
             budget.used_bytes,
-            least_bytes=max((account.least_bytes for account in self.accounts), default=1)
-            + sum(account.pinned_bytes for account in self.accounts),
+            least_bytes=self.least_bytes,
             most_bytes=max(1, sum(account.most_bytes for account in self.accounts)),
         )
         if limit is not None:
             self.limit(limit)
+
+    @property
+    def least_bytes(self) -> int:
+        """What the models need at one moment, whatever happens."""
+        pinned = sum(account.pinned_bytes for account in self.accounts)
+        return pinned + max((account.least_bytes for account in self.accounts), default=1)
 
     def limit(self, nbytes: int) -> None:
         """Another budget."""

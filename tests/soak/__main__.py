@@ -17,7 +17,7 @@ from tests.soak.table import run
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="each fault a few times, and no long run")
+    parser.add_argument("--quick", action="store_true", help="each fault a few times, and short runs")
     parser.add_argument("--only", metavar="TEXT", default="", help="faults whose kind and name contain this")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all rows there as well")
     arguments = parser.parse_args()

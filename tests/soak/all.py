@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tests.soak import files, processes, readers, signals, system_calls
+from tests.soak import cgroups, disks, files, long_runs, processes, readers, signals, system_calls
 from tests.soak.table import FAULTS
 
 __all__ = ["FAULTS"]
 
-assert all((files, processes, readers, signals, system_calls))
+assert all((cgroups, disks, files, long_runs, processes, readers, signals, system_calls))

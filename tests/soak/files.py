@@ -98,7 +98,7 @@ def close_all(row: Row, full: bool) -> None:
     """What daemons do; the files are opened again."""
     for way in WAYS:
         with tempfile.TemporaryDirectory() as scratch, subject(row, Path(scratch) / "model", **way) as one:
-            for _ in range(10 if full else 2):
+            for _ in range(10 if full else 1):
                 closed: list[str] = []
                 one.inject(lambda one=one, closed=closed: _close(one, closed), fired=lambda c=closed: bool(c))  # type: ignore[misc]
 

@@ -70,7 +70,7 @@ def _fork(row: Row, full: bool) -> None:
             threads = [threading.Thread(target=work) for _ in range(2)]
             for thread in threads:
                 thread.start()
-            for _ in range(100 if full else 15):
+            for _ in range(100 if full else 6):
                 row.note(fired=True, end=_in_child(one))
             stop.set()
             for thread in threads:
@@ -109,7 +109,7 @@ def _no_files(row: Row, full: bool) -> None:
 
     for way in WAYS:
         with tempfile.TemporaryDirectory() as scratch, subject(row, Path(scratch) / "model", **way) as one:
-            for _ in range(20 if full else 3):
+            for _ in range(20 if full else 1):
                 runtime_of(one.streamed).account.files.close()
                 end = one.inject(lambda: _limited(resource.RLIMIT_NOFILE, 3))
                 if end == "right":

@@ -58,7 +58,7 @@ def alarm(row: Row, full: bool) -> None:
         for way in WAYS:
             with tempfile.TemporaryDirectory() as scratch, subject(row, Path(scratch) / "model", **way) as one:
                 seconds = _seconds_of(one)
-                for _ in range(700 if full else 40):
+                for _ in range(500 if full else 20):
                     delay = rng.uniform(1e-5, seconds)
                     _one_signal(one, Alarm, functools.partial(signal.setitimer, signal.ITIMER_REAL, delay))
     finally:
@@ -75,7 +75,7 @@ def interrupt(row: Row, full: bool) -> None:
         for way in WAYS:
             with tempfile.TemporaryDirectory() as scratch, subject(row, Path(scratch) / "model", **way) as one:
                 seconds = _seconds_of(one)
-                for _ in range(300 if full else 20):
+                for _ in range(250 if full else 8):
                     sender = threading.Thread(target=_send_interrupt, args=(rng.uniform(0, seconds),))
                     _one_signal(one, KeyboardInterrupt, sender.start, waits=True)
                     sender.join()
@@ -92,7 +92,7 @@ def everywhere(row: Row, full: bool) -> None:
             with watched.watching():
                 one.passes(1)
             places = set()
-            step = max(1, watched.seen // (400 if full else 20))
+            step = max(1, watched.seen // (300 if full else 12))
             with _Lost() as lost:
                 for at in range(0, watched.seen, step):
                     interrupter = Interrupter(at)
@@ -126,7 +126,7 @@ def _one_signal(one: Subject, kind: type[BaseException], send: Callable[[], obje
                 if not one.right(2):
                     raise Wrong("wrong numbers")
             if waits:
-                time.sleep(0.2)
+                time.sleep(0.05)
         except Wrong:
             raise
         except BaseException as thrown:

@@ -97,6 +97,10 @@ class Subject:
         self._seed = 0
 
     @property
+    def budget(self) -> odewei.MemoryBudget:
+        return runtime_of(self.streamed).budget
+
+    @property
     def shards(self) -> list[Path]:
         return sorted(self.folder.glob("shard-*.safetensors"))
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from odewei.scheduler import slabs
+from odewei.scheduler.host_memory import HostMemory
 from tests.soak.subject import WAYS, Subject, shrunk, subject
 from tests.soak.table import Row, Wrong, fault
 
@@ -58,7 +58,7 @@ def _at_seam(
     """Put something in the place of a function while a subject passes, in each way of streaming."""
     with _subjects(row, ways) as each:
         for one in each:
-            for _ in range(10 if full else 2):
+            for _ in range(10 if full else 1):
                 before(one)
                 seam = Seam(module, name, make)
 
@@ -211,7 +211,7 @@ def no_memory(row: Row, full: bool) -> None:
             for code in (errno.ENOMEM, errno.EAGAIN):
                 for every in (1, 2):
                     empty(one)
-                    seam = Seam(slabs, "_allocate", _failing(code, every))
+                    seam = Seam(HostMemory, "allocate", _failing(code, every))
 
                     def begin(seam: Seam = seam) -> Callable[[], object]:
                         seam.__enter__()
