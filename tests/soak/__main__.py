@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ def main() -> int:
         f"{skipped} skipped, {time.perf_counter() - started:.0f} s"
     )
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        arguments.json.write_text(json.dumps([{**vars(row), "ends": dict(row.ends)} for row in rows], indent=1))
     return 1 if bad or not rows else 0
 
 
