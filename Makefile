@@ -3,6 +3,7 @@
 #   make demo DEMO_ARGS="--size 512MiB"     options of the demo (see: .venv/bin/odewei demo --help)
 #   make test TEST_ARGS="-k sharded -x"     options of pytest
 #   make fuzz FUZZ_ARGS="--seed 7 --kind torch"  options of the fuzzer (see: .venv/bin/python -m tests.fuzz --help)
+#   make soak SOAK_ARGS="--only signals"    options of the soak (see: .venv/bin/python -m tests.soak --help)
 #   make bench BENCH_ARGS="--peers mmap"    options of the benchmark (see: .venv/bin/python -m benchmarks --help)
 #   make env  PYTHON=/path/to/python3.12    another interpreter (after: make clean)
 
@@ -21,11 +22,12 @@ endif
 NONE_IS_FINE = $(if $(TEST_ARGS),|| test $$? = 5)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test zoo fuzz bench gpu check format env clean
+.PHONY: help demo test soak zoo fuzz bench gpu check format env clean
 
 help:
 	@echo "make demo     real weights and a real size, streamed and resident, side by side"
 	@echo "make test     all tests but those of the zoo"
+	@echo "make soak     faults of files, memory, signals and processes, and long runs: under 15 minutes"
 	@echo "make zoo      289 architectures of transformers and diffusers, streamed and resident, byte for byte"
 	@echo "make fuzz     100,000 hostile files: clean errors or the right tensors, in 64 MiB"
 	@echo "make bench    odewei and its peers under one memory limit: benchmarks/results"
@@ -43,6 +45,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TEST_ARGS) $(NONE_IS_FINE)
 	$(BIN)/python -m pytest -o testpaths=tests/sim $(TEST_ARGS) $(NONE_IS_FINE)
+
+# Ends with 1 if anything but "right" or a clean error came of a fault, or one was never reached: docs/faults.md
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 # The counts by family come last.
 zoo: $(INSTALLED)

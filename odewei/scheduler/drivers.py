@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import FrameType
@@ -17,11 +18,13 @@ import torch
 
 from odewei.errors import ClosedError, ModelError, OdeweiError, WeightReadError
 from odewei.scheduler.budget import format_nbytes
+from odewei.scheduler.forks import is_held_by_nobody_here, watch
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.plan import Decision
 from odewei.scheduler.reader import Resized, UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slabs import Slab
+from odewei.scheduler.states import State
 
 __all__ = ["Driver", "SynchronousDriver", "was_closed"]
 
@@ -31,6 +34,11 @@ class Driver(ABC):
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        watch(self)
+
+    def after_fork(self) -> None:
+        """In a forked child, which has none of this driver's threads."""
+        self.ledger.after_fork()
 
     # -- models come and go ------------------------------------------------------------------------------------------
 
@@ -187,6 +195,7 @@ class Driver(ABC):
             record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
             record.account.client.bind(record.place)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep the tensors
             self.ledger.fail(record.id, error)
         else:
             self.ledger.arrive(record.id)
@@ -225,7 +234,7 @@ def no_memory(record: UnitRecord, limit_bytes: int, error: BaseException) -> Ode
         f"there is no memory for a unit of {record.nbytes} bytes ({format_nbytes(record.nbytes)}) within a budget of "
         f"{limit_bytes} bytes ({format_nbytes(limit_bytes)}), also after others have left: {error}",
         module=record.name,
-        cure="Pass a smaller memory_budget, so that the rest of the program leaves room for it",
+        cure="Pass a smaller memory_budget, or raise the limit on memory (ulimit -v); the next call tries again",
     )
 
 
@@ -239,6 +248,13 @@ class SynchronousDriver(Driver):
         super().__init__(ledger)
         self._turn = threading.RLock()  # one thread reads at a time
         self._reading = False
+        self._torn = False  # an interrupt has ended a turn
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        if is_held_by_nobody_here(self._turn):
+            self._turn = threading.RLock()
+            self.ledger.close_forked()
 
     def start(self) -> None:
         pass
@@ -249,8 +265,10 @@ class SynchronousDriver(Driver):
         self.ledger.adapt()
         if self.ledger.pool.budget.free_bytes < 0:
             with self._turn:
+                self._begin_turn()
                 while (decision := self.ledger.next_shedding()) is not None:
                     self._make_room(decision)
+                self._torn = False
 
     def leave_for_good(self, account: Account) -> None:
         self.close()
@@ -262,6 +280,7 @@ class SynchronousDriver(Driver):
         with self._turn:
             if self._reading:
                 raise self._used_by_its_reader()
+            self._begin_turn()
             self.ledger.adapt()
             while not waiter.done.is_set():
                 decision = self.ledger.next_decision()
@@ -269,6 +288,22 @@ class SynchronousDriver(Driver):
                 slab = self._make_room(decision)
                 if slab is not None and decision.fetch is not None:
                     self._read(self.ledger.units[decision.fetch], slab)
+            self._torn = False
+
+    def _begin_turn(self) -> None:
+        """Until this turn has ended as it should, it counts as interrupted."""
+        self._mend()
+        self._torn = True
+
+    def _mend(self) -> None:
+        """What an interrupted turn has left on its way is absent again, unbound, and its memory free."""
+        if self._torn:
+            for record in tuple(self.ledger.units.values()):
+                self.ledger.restart(record.id)
+                if record.state in (State.ABSENT, State.FAILED):
+                    record.account.client.retract(record.place)
+            self.ledger.pool.reclaim({record.name for record in self.ledger.units.values()})
+            self._torn = False
 
     def _read(self, record: UnitRecord, slab: Slab) -> None:
         self.ledger.begin_read(record.id, slab)
@@ -291,4 +326,6 @@ class SynchronousDriver(Driver):
 
     def close(self) -> None:
         with self._turn:
+            if not self._reading:  # a reader that closes its own model does not interrupt itself
+                self._mend()
             super().close()

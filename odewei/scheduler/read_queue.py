@@ -101,6 +101,11 @@ class ReadQueue:
         """Leave out all jobs that nobody has taken, and all that are still to come."""
         with self._lock:
             self._closed = reason
+        self.abandon(reason)
+
+    def abandon(self, reason: BaseException) -> None:
+        """Leave out all jobs that nobody has taken."""
+        with self._lock:
             batches = list(self._batches.values())
             self._batches.clear()
         for batch in batches:

@@ -24,7 +24,7 @@ import torch
 
 from odewei.errors import ClosedError, OdeweiError
 from odewei.loaders.base import Span
-from odewei.scheduler.reader import FileTable, cannot_read
+from odewei.scheduler.file_table import FileTable, OpenFile
 from odewei.scheduler.row_slots import Ids, RowSlots
 from odewei.scheduler.slabs import Bytes, Slab, SlabPool, slab_bytes
 
@@ -166,6 +166,9 @@ class RowTable:
         """The rows that are cached, and the slots; None in place of these if all are. Other rows have no meaning."""
         place = self.place
         with here.lock:
+            if here.torn:
+                here.slots = RowSlots(here.slots.count, place.rows)
+                here.torn = False
             slots = here.slots.find(rows)
             self.counters.looked_up += len(rows)
             missing = len(rows) and slots.min() < 0
@@ -188,9 +191,11 @@ class RowTable:
         else:
             _items(found)[missing] = items[inverse]
         with here.lock:
+            here.torn = True  # what ends this half way may leave slots without their rows
             slots = here.slots.put(wanted)
             if len(new := np.flatnonzero(slots >= 0)):
                 _items(here.memory)[slots[new]] = items[new]
+            here.torn = False
             self.counters.read += len(wanted)
             self.counters.bytes_read += len(wanted) * self.place.stored_row_bytes
             self.counters.seconds += seconds
@@ -206,19 +211,19 @@ class RowTable:
             (position * size, start + first * size, count * size)
             for position, first, count in runs_of(rows, max(1, _LONGEST_READ // size))
         ]
-        try:
-            fd = files.fd(file)
-        except OSError as error:
-            raise cannot_read(file, error) from error
-        for at, offset, nbytes in _announced(fd, reads):
-            part = target[at : at + nbytes]
-            try:
-                count = os.preadv(fd, [part.data], offset)
-            except OSError:
-                count = 0
-            if count != nbytes:
-                files.read(file, [part], offset, nbytes)  # knows what to do about it
-        file.check_unchanged(fd)  # after reading: rows of another file are never handed on
+
+        def fill(opened: OpenFile) -> None:
+            for at, offset, nbytes in _announced(opened.fd, reads):
+                part = target[at : at + nbytes]
+                try:
+                    count = os.preadv(opened.fd, [part.data], offset)
+                except OSError:
+                    count = 0
+                if count != nbytes:
+                    files.read(file, [part], offset, nbytes)  # knows what to do about it
+            file.check_unchanged(opened.fd)  # after reading: rows of another file are never handed on
+
+        files.use(file, fill)
         return made if place.stored == place.dtype else made.to(place.dtype)
 
     def _named(self, error: OdeweiError) -> OdeweiError:
@@ -246,6 +251,7 @@ class _Here:
     def __init__(self, place: TablePlace, slots: int, slab: Slab | None, pool: SlabPool) -> None:
         self.lock = threading.RLock()  # a finalizer may close the table in a thread that holds it
         self.slots = RowSlots(slots, place.rows)
+        self.torn = False
         self.files = FileTable(direct=False, scratch_bytes=1)
         self.memory = _matrix(slab, slots, place.row_bytes)
         self._slab = slab
