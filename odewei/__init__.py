@@ -20,6 +20,7 @@ from odewei.loaders import open_checkpoint
 from odewei.memory_budget import MemoryBudget
 from odewei.report import Report
 from odewei.runtime import find_runtime, runtime_of
+from odewei.throughput import generate_many, map
 from odewei.torch import init_on_demand_weights_model
 from odewei.trace import Trace, load_trace, save_trace, trace
 
@@ -29,8 +30,10 @@ __all__ = [
     "Report",
     "Trace",
     "close",
+    "generate_many",
     "init_on_demand_weights_model",
     "load_trace",
+    "map",
     "materialize",
     "open_checkpoint",
     "report",
