@@ -18,6 +18,7 @@ from torch import nn
 from odewei.errors import OdeweiError
 from odewei.loaders import open_checkpoint
 from odewei.memory_budget import MemoryBudget
+from odewei.profiling import Timeline, profile
 from odewei.report import Report
 from odewei.runtime import find_runtime, runtime_of
 from odewei.throughput import generate_many, map
@@ -28,6 +29,7 @@ __all__ = [
     "MemoryBudget",
     "OdeweiError",
     "Report",
+    "Timeline",
     "Trace",
     "close",
     "generate_many",
@@ -36,6 +38,7 @@ __all__ = [
     "map",
     "materialize",
     "open_checkpoint",
+    "profile",
     "report",
     "save_trace",
     "trace",

@@ -13,6 +13,7 @@ from types import FrameType
 from odewei.errors import ClosedError
 from odewei.scheduler.leases import LeaseBook, ThreadLeases
 from odewei.scheduler.machine import AutoLimit
+from odewei.scheduler.observer import Observer
 from odewei.scheduler.outlook import Outlook
 from odewei.scheduler.plan import Candidate, Decision, Wish, decide
 from odewei.scheduler.reader import UnitReader
@@ -47,6 +48,7 @@ class Ledger:
         self._idle = 0  # units that are absent and only there on demand
         self._wants = Wants()
         self._closed: BaseException | None = None
+        self.observer: Observer | None = None
         self._leases = LeaseBook(self._thread_is_outside, self._thread_has_ended)
 
     # -- models come and go ------------------------------------------------------------------------------------------
@@ -127,6 +129,8 @@ class Ledger:
             mine = self._leases.mine()
             self._leases.take(mine, account, None, frame)
             self.outlook.enter(mine)
+            if self.observer is not None:
+                self.observer.entered(None, len(mine.leases))
             return len(mine.leases) == 1
 
     def leave_pass(self, account: Account) -> bool:
@@ -134,6 +138,8 @@ class Ledger:
         with self.lock:
             mine = self._leases.mine()
             self._leases.give_back(mine, account)
+            if self.observer is not None:
+                self.observer.left(None)
             if not mine.leases:
                 account.counters.passes += 1
                 self._wants.drop(mine)
@@ -146,6 +152,8 @@ class Ledger:
             mine = self._leases.mine()
             self._leases.take(mine, record.account, record, frame, lingers=lingers)
             self._note_access(mine, record)
+            if self.observer is not None:
+                self.observer.entered(unit, len(mine.leases))
             if record.state is State.RESIDENT:
                 record.account.counters.hits += 1
                 return None
@@ -157,6 +165,8 @@ class Ledger:
         """Return the innermost lease of ``unit`` of this thread. Leases above it were left behind and go too."""
         with self.lock:
             self._leases.give_back(self._leases.mine(), unit)
+            if self.observer is not None:
+                self.observer.left(unit)
 
     def hold(self, waiter: Waiter) -> None:
         """Take a lease of the waiter's unit that belongs to no frame, until ``let_go``; the waiter is told, now or
@@ -193,13 +203,15 @@ class Ledger:
                 if not record.waiters:
                     self._demanded.pop(waiter.unit, None)
 
-    def note_stall(self, unit: int, seconds: float) -> None:
-        """A forward has waited so long for a unit."""
+    def note_stall(self, unit: int, began: float, ended: float) -> None:
+        """This thread's forward has waited for a unit."""
+        if self.observer is not None:
+            self.observer.stalled(unit, began, ended)
         with self.lock:
             record = self.units.get(unit)
             if record is not None:
                 record.account.counters.stalls += 1
-                record.account.counters.stall_seconds += seconds
+                record.account.counters.stall_seconds += ended - began
 
     def needs_driver(self) -> bool:
         """Whether there is anything to decide: some unit is neither resident nor failed, nor idle. Without the lock, a
@@ -450,6 +462,8 @@ class Ledger:
         self._failed += (state is State.FAILED) - (record.state is State.FAILED)
         self._idle += record.on_demand * ((state is State.ABSENT) - (record.state is State.ABSENT))
         record.state = state
+        if self.observer is not None:
+            self.observer.moved(record.id, state, record.nbytes)
         if state in (State.ABSENT, State.FAILED):
             self._clear_ahead(record)
 
