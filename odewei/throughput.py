@@ -156,7 +156,7 @@ def _bar(total: int | None) -> AbstractContextManager[Advance]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
     except ModuleNotFoundError as error:
-        if error.name != "rich":
+        if (error.name or "").partition(".")[0] != "rich":
             raise
         raise OptionsError(
             "progress=True needs the package rich, which is not installed", cure='pip install "odewei[cli]"'
