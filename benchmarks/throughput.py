@@ -1,12 +1,15 @@
 """Passes a second of ``odewei.map`` at 1, 2, 4 and 8 passes at once, and the bytes that a pass reads.
 
     python -m benchmarks.throughput [--size 1GB] [--budget 256MB] [--tokens 4] [--passes 3] [--throttle 500MB]
-                                    [--concurrency 1 2 4 8] [--folder FOLDER] [--json FILE]
+                                    [--concurrency 1 2 4 8] [--apart SECONDS] [--no-convoy]
+                                    [--new-tokens 0] [--folder FOLDER] [--json FILE]
 
 A Llama-shaped model of random weights, read directly. ``--throttle`` limits what the process may read a second, by a
 control group, so that a fast disk is as slow as a usual one; 0: no limit. Each concurrency K runs K times ``--passes``
 inputs after one round that is not counted, K = 1 both first and last. Results are compared byte for byte with those of
-K = 1. Exits with 1 where any differs.
+K = 1. Exits with 1 where any differs. ``--apart``: the first K inputs come one after another, so many seconds apart.
+``--new-tokens``: ``odewei.generate_many`` on prompts of 1 to 64 times ``--tokens`` tokens instead. ``--no-convoy``:
+passes begin whenever they can, as if ``odewei.convoy`` were not there.
 """
 
 from __future__ import annotations
@@ -16,14 +19,17 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 import odewei
+import odewei.throughput
 from benchmarks.cgroup import GroupError, Limits, find_controllers
 from benchmarks.disk import device_of
+from odewei.convoy import Convoy
 from odewei.demo.needs import default_cache_dir
 from odewei.demo.synthetic import LlamaShape, model_fn, write_llama_checkpoint
 from odewei.scheduler.budget import parse_nbytes
@@ -35,18 +41,19 @@ def measure(options: argparse.Namespace, folder: Path, shape: LlamaShape) -> lis
     model = init_on_demand_weights_model(model_fn(shape), folder, memory_budget=options.budget, io="direct")
     draw = torch.Generator().manual_seed(0)
     most = max(options.concurrency) * options.passes
-    inputs = [torch.randint(3, shape.vocab, (1, options.tokens), generator=draw) for _ in range(most)]
+    lengths = [options.tokens * (2 ** (index * 5 % 7) if options.new_tokens else 1) for index in range(most)]
+    inputs = [torch.randint(3, shape.vocab, (1, length), generator=draw) for length in lengths]
     alone: list[torch.Tensor] = []
     rows = []
     try:
         with torch.inference_mode():
             for concurrency in (*options.concurrency, options.concurrency[0]):
-                run(model, inputs[:concurrency], concurrency)
+                run(model, inputs[:concurrency], concurrency, options)
                 before, started = odewei.report(model), time.perf_counter()
-                found = run(model, inputs[: concurrency * options.passes], concurrency)
+                found = run(model, inputs[: concurrency * options.passes], concurrency, options)
                 seconds, after = time.perf_counter() - started, odewei.report(model)
                 passes = after.passes - before.passes
-                alone = alone or [model(one, use_cache=False).logits for one in inputs]
+                alone = alone or run(model, inputs, 1, options)
                 rows.append(
                     {
                         "concurrency": concurrency,
@@ -63,8 +70,28 @@ def measure(options: argparse.Namespace, folder: Path, shape: LlamaShape) -> lis
     return rows
 
 
-def run(model: torch.nn.Module, inputs: list[torch.Tensor], concurrency: int) -> list[torch.Tensor]:
-    return [found.logits for found in odewei.map(model, inputs, concurrency=concurrency, use_cache=False)]
+def run(
+    model: torch.nn.Module, inputs: list[torch.Tensor], concurrency: int, options: argparse.Namespace
+) -> list[torch.Tensor]:
+    def coming() -> Iterator[torch.Tensor]:
+        for index, one in enumerate(inputs):
+            time.sleep(options.apart * (0 < index < concurrency))
+            yield one
+
+    if options.new_tokens:
+        keywords = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "do_sample": False}
+        return list(odewei.generate_many(model, coming(), concurrency=concurrency, pad_token_id=0, **keywords))
+    return [found.logits for found in odewei.map(model, coming(), concurrency=concurrency, use_cache=False)]
+
+
+class Alone(Convoy):
+    """A convoy in which nobody waits."""
+
+    def begin(self, bytes_read: int) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
 
 
 def show(row: dict[str, float | bool], first: dict[str, float | bool]) -> None:
@@ -79,6 +106,8 @@ def show(row: dict[str, float | bool], first: dict[str, float | bool]) -> None:
 
 def main() -> None:
     options = _parser().parse_args()
+    if options.no_convoy:
+        odewei.throughput.Convoy = Alone
     if options.enter is not None:
         Path(options.enter).write_text("0")
     shape = LlamaShape.near(options.size)
@@ -111,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--throttle", type=parse_nbytes, default=parse_nbytes("500MB"))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--apart", type=float, default=0.0)
+    parser.add_argument("--no-convoy", action="store_true")
+    parser.add_argument("--new-tokens", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=default_cache_dir())
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--enter", default=None, help=argparse.SUPPRESS)

@@ -1,8 +1,9 @@
 """Many inputs through one model, several at once: their passes share one stream of weights.
 
 A pass that waits for the disk leaves the processor idle. Passes that run at the same time need the same layer at about
-the same moment, because the one that is ahead has to wait for a layer and the others catch up meanwhile; so a layer is
-read once for all of them, and what waits for the disk costs each of them a part only.
+the same moment, because the one that is ahead has to wait for a layer and the others catch up meanwhile, and because
+they begin together (see ``convoy``); so a layer is read once for all of them, and what waits for the disk costs each of
+them a part only.
 
 Knows calls, threads and torch's modes. Knows nothing of units or schedulers: whatever is called may be streamed or not.
 """
@@ -20,6 +21,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from odewei.convoy import Convoy
 from odewei.errors import OptionsError
 from odewei.thread_modes import ThreadModes
 
@@ -97,15 +99,22 @@ def _many(
     bar = _bar(len(given) if isinstance(given, Sized) else None) if progress else nullcontext(lambda: None)
     modes = ThreadModes.here()
 
+    convoy = Convoy(concurrency)
+
     def call(one: object) -> T:
         args, kwargs = _arguments(one)
-        return modes.run(function, *args, **kwargs)
+        with convoy.call():
+            return modes.run(function, *args, **kwargs)
 
-    return _in_order(call, iter(inputs), concurrency, bar)
+    return _in_order(call, iter(inputs), concurrency, bar, convoy)
 
 
 def _in_order(
-    call: Callable[[object], T], inputs: Iterator[object], concurrency: int, bar: AbstractContextManager[Advance]
+    call: Callable[[object], T],
+    inputs: Iterator[object],
+    concurrency: int,
+    bar: AbstractContextManager[Advance],
+    convoy: Convoy,
 ) -> Generator[T, None, None]:
     name = f"odewei-map-{next(_numbers)}_"
     pool = ThreadPoolExecutor(concurrency, thread_name_prefix=name[:-1])
@@ -115,7 +124,7 @@ def _in_order(
         with bar as advance:
             while True:
                 while more and len(under_way) < 2 * concurrency:  # so many run, so many are ready for who ends first
-                    more = _take_one(inputs, pool, call, under_way)
+                    more = _take_one(inputs, pool, call, under_way, convoy)
                 if not under_way:
                     return
                 result = under_way.popleft().result()
@@ -124,11 +133,16 @@ def _in_order(
                 del result
     finally:
         is_own_thread = threading.current_thread().name.startswith(name)  # the collector may close a generator there
+        convoy.dissolve()
         pool.shutdown(wait=not is_own_thread, cancel_futures=True)
 
 
 def _take_one(
-    inputs: Iterator[object], pool: ThreadPoolExecutor, call: Callable[[object], T], under_way: deque[Future[T]]
+    inputs: Iterator[object],
+    pool: ThreadPoolExecutor,
+    call: Callable[[object], T],
+    under_way: deque[Future[T]],
+    convoy: Convoy,
 ) -> bool:
     """Start with another input. False if there is none; an error of ``inputs`` takes the place of a result."""
     try:
@@ -140,6 +154,7 @@ def _take_one(
         failed.set_exception(error)
         under_way.append(failed)
         return False
+    convoy.expect()
     under_way.append(pool.submit(call, one))
     return True
 
