@@ -184,7 +184,7 @@ def test_a_thread_of_no_convoy_is_let_alone() -> None:
 
 
 def test_passes_of_a_map_form_a_convoy(tmp_path: Path) -> None:
-    """Threads of a map are members while they call, wait at the beginning of each pass, and a failure frees the rest."""
+    """Threads of a map are members while they call and wait where each pass begins; a failure frees the others."""
     seen: list[int] = []
 
     class Watched(Convoy):

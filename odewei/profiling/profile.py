@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from odewei.errors import OptionsError
-from odewei.profiling.recorder import Recorder
+from odewei.profiling.recorder import OfHost, Recorder
 from odewei.profiling.summary import Counted
 from odewei.profiling.timeline import Scene, Timeline
 from odewei.runtime import runtime_of
@@ -30,17 +30,22 @@ def profile(model: nn.Module, /) -> Iterator[Timeline]:
     """
     runtime = runtime_of(model)
     ledger, tables = runtime.driver.ledger, list(runtime.tables.values())
+    host = None if runtime.host is None else runtime.host.ledger
     recorder = Recorder(ledger.pool.budget)
     with ledger.lock:
         if ledger.observer is not None:
             raise OptionsError("the model is being profiled already", cure="Use the timeline of the outer profile")
-        timeline = Timeline(recorder, _scene(ledger), lambda: _scene(ledger))
+        timeline = Timeline(recorder, _scene(ledger, host), lambda: _scene(ledger, host))
         ledger.observer = recorder
     for table in tables:
         table.observer = recorder
+    if host is not None:
+        host.observer = OfHost(recorder)
     try:
         yield timeline
     finally:
+        if host is not None:
+            host.observer = None
         for table in tables:
             table.observer = None
         with ledger.lock:
@@ -48,20 +53,15 @@ def profile(model: nn.Module, /) -> Iterator[Timeline]:
             timeline.finish()
 
 
-def _scene(ledger: Ledger) -> Scene:
+def _scene(ledger: Ledger, host: Ledger | None) -> Scene:
+    names = {} if host is None else {OfHost.number(unit): name for unit, name in _names(host).items()}
     with ledger.lock:
-        accounts = {account: number for number, account in enumerate(ledger.accounts, 1)}
-        records = list(ledger.units.values())
-        several = len(accounts) > 1
-        counters = [account.counters for account in accounts]
+        counters = [account.counters for account in ledger.accounts]
         budget = ledger.pool.budget
         return Scene(
             time.perf_counter(),
-            {
-                record.id: f"{accounts.get(record.account, 0)}: {record.name}" if several else record.name
-                for record in records
-            },
-            {record.id: (record.state, record.nbytes) for record in records},
+            names | _names(ledger),
+            {record.id: (record.state, record.nbytes) for record in ledger.units.values()},
             budget.limit_bytes,
             Counted(
                 sum(each.evictions for each in counters),
@@ -69,3 +69,12 @@ def _scene(ledger: Ledger) -> Scene:
                 budget.overdrafts,
             ),
         )
+
+
+def _names(ledger: Ledger) -> dict[int, str]:
+    """Of all units by their ids; where there are several models, with the number of theirs."""
+    with ledger.lock:
+        accounts = {account: f"{number}: " for number, account in enumerate(ledger.accounts, 1)}
+        if len(accounts) == 1:
+            accounts = dict.fromkeys(accounts, "")
+        return {record.id: accounts.get(record.account, "") + record.name for record in ledger.units.values()}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from odewei.scheduler.budget import Budget
 from odewei.scheduler.states import State
 
-__all__ = ["Copied", "Entered", "Left", "LookedUp", "Moved", "Note", "Read", "Recorder", "Stalled"]
+__all__ = ["Copied", "Entered", "Left", "LookedUp", "Moved", "Note", "OfHost", "Read", "Recorder", "Stalled"]
 
 _MOST_NOTES = 2_000_000  # some 250 bytes each; what comes later is counted only
 
@@ -84,6 +84,45 @@ class Copied(NamedTuple):
 
 
 Note = Entered | Left | Stalled | Read | LookedUp | Moved | Copied
+
+
+class OfHost:
+    """The observer of the host's tier, where models are on a device: reading is done there, everything else is not.
+
+    Its units' numbers are told from those of the device's tier by ``number``.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    @staticmethod
+    def number(unit: int) -> int:
+        """What a unit of the host's tier is noted as."""
+        return -1 - unit
+
+    def read(self, unit: int, began: float, ended: float, nbytes: int) -> None:
+        self._recorder.read(self.number(unit), began, ended, nbytes)
+
+    def entered(self, unit: int | None, depth: int) -> None:
+        pass
+
+    def left(self, unit: int | None) -> None:
+        pass
+
+    def stalled(self, unit: int, began: float, ended: float) -> None:
+        pass
+
+    def moved(self, unit: int, state: State, nbytes: int) -> None:
+        pass
+
+    def copied(self, unit: int, began: float, ended: float, nbytes: int) -> None:
+        pass
+
+    def computed(self, unit: int, began: float, ended: float) -> None:
+        pass
+
+    def looked_up(self, weight: str, began: float, ended: float, nbytes: int) -> None:
+        pass
 
 
 class Recorder:
