@@ -21,6 +21,7 @@ __all__ = ["COMMANDS", "group", "main"]
 COMMANDS = (
     "demo",
     "align",
+    "profile",
 )
 
 
