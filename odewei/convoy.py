@@ -45,7 +45,7 @@ def pass_ends() -> None:
 class Convoy:
     """At most ``size`` calls at a time, each in a thread and with any number of passes. Methods are for any thread.
 
-    ``first_patience_seconds``: how long to wait while it is not known how long a pass takes.
+    It sets out when it is told that the first calls are all expected. ``first_patience_seconds``: how long to wait while it is not known how long a pass takes.
     """
 
     def __init__(self, size: int, *, first_patience_seconds: float = 1.0) -> None:
@@ -60,12 +60,20 @@ class Convoy:
         self._bytes_read: int | None = None  # when the last round began
         self._latest_bytes_read = 0
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
+        self._is_complete = False
         self._over = False
 
     def expect(self) -> None:
         """A call will be made as soon as a thread is free."""
         with self._changed:
             self._calls += 1
+
+    def set_out(self) -> None:
+        """As many calls are expected as there are for now: nobody waits for more. May be called again."""
+        if not self._is_complete:
+            with self._changed:
+                self._is_complete = True
+                self._go_if_all_are_here()
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -118,7 +126,8 @@ class Convoy:
                 self._go()
 
     def _go_if_all_are_here(self) -> None:
-        if self._waiting and len(self._waiting) >= min(self._size, self._calls) - len(self._away):
+        awaited = min(self._size, self._calls) - len(self._away)
+        if self._is_complete and self._waiting and len(self._waiting) >= awaited:
             self._go()
 
     def _go(self) -> None:

@@ -127,6 +127,7 @@ def _in_order(
                     more = _take_one(inputs, pool, call, under_way, convoy)
                 if not under_way:
                     return
+                convoy.set_out()
                 result = under_way.popleft().result()
                 advance()
                 yield result

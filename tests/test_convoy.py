@@ -40,6 +40,7 @@ class Members:
         for _ in range(count):
             convoy.expect()
         self._ends = [self._pool.submit(self._run, member) for member in range(count)]
+        convoy.set_out()
         _until(lambda: len(convoy._members) == count)
 
     def _run(self, member: int) -> None:
@@ -100,6 +101,27 @@ def test_a_pass_begins_when_all_are_there() -> None:
             members.have_begun(0, 1, 2)
             for member in range(3):
                 members.end(member)
+
+
+def test_it_sets_out_when_all_first_calls_are_known() -> None:
+    """A thread that is faster than whoever hands out the calls waits for those that are still to be handed out."""
+    convoy = Convoy(2, first_patience_seconds=PATIENCE)
+    begun = threading.Event()
+
+    def call() -> None:
+        with convoy.call():
+            pass_begins(1)
+            begun.set()
+
+    convoy.expect()
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(call)
+        _until(lambda: convoy._waiting)
+        convoy.expect()
+        convoy.set_out()
+        assert not begun.is_set()
+        pool.submit(call)
+    assert begun.is_set()
 
 
 def test_a_call_that_has_ended_is_not_waited_for() -> None:
