@@ -115,6 +115,9 @@ def main() -> None:
     write_llama_checkpoint(folder, shape)
     if options.enter is not None or not options.throttle:
         rows = measure(options, folder, shape)
+        alone = max(row["passes_per_second"] for row in (rows[0], rows[-1]))
+        for row in rows[1:-1]:
+            print(f"{row['concurrency']:>2} at once: {row['passes_per_second'] / alone:.2f} × the faster run of one")
         if options.json is not None:
             options.json.write_text(json.dumps(rows, indent=1) + "\n")
         raise SystemExit(0 if all(row["same_bits"] for row in rows) else 1)
