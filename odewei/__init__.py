@@ -21,7 +21,8 @@ from odewei.memory_budget import MemoryBudget
 from odewei.profiling import Timeline, profile
 from odewei.report import Report
 from odewei.runtime import find_runtime, runtime_of
-from odewei.throughput import generate_many, map
+from odewei.throughput import generate_many
+from odewei.throughput import map as map  # not in __all__: a star import keeps Python's own
 from odewei.torch import init_on_demand_weights_model
 from odewei.trace import Trace, load_trace, save_trace, trace
 
@@ -35,7 +36,6 @@ __all__ = [
     "generate_many",
     "init_on_demand_weights_model",
     "load_trace",
-    "map",
     "materialize",
     "open_checkpoint",
     "profile",

@@ -57,4 +57,5 @@ class ThreadModes:
 
 def _device_types() -> list[str]:
     accelerator = torch.accelerator.current_accelerator()
-    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    return [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
