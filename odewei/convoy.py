@@ -45,7 +45,8 @@ def pass_ends() -> None:
 class Convoy:
     """At most ``size`` calls at a time, each in a thread and with any number of passes. Methods are for any thread.
 
-    It sets out when it is told that the first calls are all expected. ``first_patience_seconds``: how long to wait while it is not known how long a pass takes.
+    It sets out when it is told that the first calls are all expected. ``first_patience_seconds``: how long to wait
+    while it is not known how long a pass takes.
     """
 
     def __init__(self, size: int, *, first_patience_seconds: float = 1.0) -> None:
