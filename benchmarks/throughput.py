@@ -2,14 +2,14 @@
 
     python -m benchmarks.throughput [--size 1GB] [--budget 256MB] [--tokens 4] [--passes 3] [--throttle 500MB]
                                     [--concurrency 1 2 4 8] [--apart SECONDS] [--no-convoy]
-                                    [--new-tokens 0] [--folder FOLDER] [--json FILE]
+                                    [--new-tokens 0] [--threads N] [--folder FOLDER] [--json FILE]
 
 A Llama-shaped model of random weights, read directly. ``--throttle`` limits what the process may read a second, by a
 control group, so that a fast disk is as slow as a usual one; 0: no limit. Each concurrency K runs K times ``--passes``
 inputs after one round that is not counted, K = 1 both first and last. Results are compared byte for byte with those of
 K = 1. Exits with 1 where any differs. ``--apart``: the first K inputs come one after another, so many seconds apart.
 ``--new-tokens``: ``odewei.generate_many`` on prompts of 1 to 64 times ``--tokens`` tokens instead. ``--no-convoy``:
-passes begin whenever they can, as if ``odewei.convoy`` were not there.
+passes begin whenever they can, as if ``odewei.convoy`` were not there. ``--threads``: that torch computes with.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def show(row: dict[str, float | bool], first: dict[str, float | bool]) -> None:
 
 def main() -> None:
     options = _parser().parse_args()
+    torch.set_num_threads(options.threads)
     if options.no_convoy:
         odewei.throughput.Convoy = Alone
     if options.enter is not None:
@@ -146,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--apart", type=float, default=0.0)
     parser.add_argument("--no-convoy", action="store_true")
     parser.add_argument("--new-tokens", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, default=default_cache_dir())
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--enter", default=None, help=argparse.SUPPRESS)
