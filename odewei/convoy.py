@@ -24,6 +24,8 @@ __all__ = ["Convoy", "pass_begins", "pass_ends"]
 
 _REMEMBERED = 16  # passes
 _PATIENCE = 2.0  # times a usual pass
+_LEAST_PATIENCE_SECONDS = 0.02  # threads of passes that take microseconds are not woken as fast
+_FIRST_PATIENCE_SECONDS = 1.0  # while it is not known how long a pass takes
 
 _mine = threading.local()
 
@@ -45,13 +47,11 @@ def pass_ends() -> None:
 class Convoy:
     """At most ``size`` calls at a time, each in a thread and with any number of passes. Methods are for any thread.
 
-    It sets out when it is told that the first calls are all expected. ``first_patience_seconds``: how long to wait
-    while it is not known how long a pass takes.
+    It sets out when it is told that the first calls are all expected.
     """
 
-    def __init__(self, size: int, *, first_patience_seconds: float = 1.0) -> None:
+    def __init__(self, size: int) -> None:
         self._size = size
-        self._first_patience_seconds = first_patience_seconds
         self._changed = threading.Condition()
         self._calls = 0  # expected, and not ended
         self._members: set[int] = set()  # threads in a call
@@ -138,8 +138,10 @@ class Convoy:
         self._changed.notify_all()
 
     def _patience_seconds(self) -> float:
-        usual = statistics.median(self._seconds.copy()) if self._seconds else None
-        return self._first_patience_seconds if usual is None else _PATIENCE * usual
+        seconds = self._seconds.copy()  # others append
+        if not seconds:
+            return _FIRST_PATIENCE_SECONDS
+        return max(_LEAST_PATIENCE_SECONDS, _PATIENCE * statistics.median(seconds))
 
     def __repr__(self) -> str:
         return f"<Convoy of {len(self._members)}, {len(self._waiting)} waiting, {len(self._away)} away>"

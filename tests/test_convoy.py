@@ -27,6 +27,17 @@ def _until(condition: Callable[[], object]) -> None:
         os.sched_yield()
 
 
+class Fixed(Convoy):
+    """A convoy of so much patience, whatever passes take."""
+
+    def __init__(self, size: int, patience: float = PATIENCE) -> None:
+        super().__init__(size)
+        self.patience = patience
+
+    def _patience_seconds(self) -> float:
+        return self.patience
+
+
 class Members:
     """Threads in calls of a convoy that begin and end passes when they are told to."""
 
@@ -77,7 +88,7 @@ class Members:
 
 @contextmanager
 def _members(count: int, patience: float = PATIENCE) -> Iterator[Members]:
-    convoy = Convoy(count, first_patience_seconds=patience)
+    convoy = Fixed(count, patience)
     members = Members(convoy, count)
     try:
         yield members
@@ -105,7 +116,7 @@ def test_a_pass_begins_when_all_are_there() -> None:
 
 def test_it_sets_out_when_all_first_calls_are_known() -> None:
     """A thread that is faster than whoever hands out the calls waits for those that are still to be handed out."""
-    convoy = Convoy(2, first_patience_seconds=PATIENCE)
+    convoy = Fixed(2)
     begun = threading.Event()
 
     def call() -> None:
@@ -148,10 +159,12 @@ def test_who_takes_too_long_is_not_waited_for_until_it_comes() -> None:
 
 
 def test_patience_is_twice_a_usual_pass() -> None:
-    """It comes from the passes that have ended; before, from what the convoy was made with."""
-    convoy = Convoy(2, first_patience_seconds=7.0)
-    assert convoy._patience_seconds() == 7.0
-    convoy._seconds.extend([1.0, 2.0, 30.0])
+    """It comes from the passes that have ended; a second before, and never so little that no thread can make it."""
+    convoy = Convoy(2)
+    assert convoy._patience_seconds() == 1.0
+    convoy._seconds.extend([1e-5, 2e-5, 30.0])
+    assert convoy._patience_seconds() == 0.02
+    convoy._seconds.extend([2.0, 2.0, 2.0, 2.0])
     assert convoy._patience_seconds() == 4.0
 
 
