@@ -20,8 +20,11 @@ from odewei.errors import OdeweiError
 from odewei.loaders import open_checkpoint
 from odewei.memory_budget import MemoryBudget
 from odewei.pretrained import from_pretrained, stream_pipeline
+from odewei.profiling import Timeline, profile
 from odewei.report import Report
 from odewei.runtime import find_runtime, runtime_of
+from odewei.throughput import generate_many
+from odewei.throughput import map as map  # not in __all__: a star import keeps Python's own
 from odewei.torch import init_on_demand_weights_model
 from odewei.trace import Trace, load_trace, save_trace, trace
 from odewei.verify import verify
@@ -30,13 +33,16 @@ __all__ = [
     "MemoryBudget",
     "OdeweiError",
     "Report",
+    "Timeline",
     "Trace",
     "close",
     "from_pretrained",
+    "generate_many",
     "init_on_demand_weights_model",
     "load_trace",
     "materialize",
     "open_checkpoint",
+    "profile",
     "report",
     "save_trace",
     "stream_pipeline",

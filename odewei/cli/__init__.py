@@ -23,6 +23,7 @@ COMMANDS = (
     "align",
     "verify",
     "run",
+    "profile",
 )
 
 

@@ -20,10 +20,11 @@ from odewei.errors import ClosedError, ModelError, OdeweiError, WeightReadError
 from odewei.scheduler.budget import format_nbytes
 from odewei.scheduler.forks import is_held_by_nobody_here, watch
 from odewei.scheduler.ledger import Ledger
+from odewei.scheduler.observer import torch_range
 from odewei.scheduler.plan import Decision
-from odewei.scheduler.reader import Resized, UnitReader
+from odewei.scheduler.reader import FileTable, Job, Resized, UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
-from odewei.scheduler.slabs import Slab
+from odewei.scheduler.slabs import Bytes, Slab
 from odewei.scheduler.states import State
 
 __all__ = ["Driver", "SynchronousDriver", "was_closed"]
@@ -71,14 +72,15 @@ class Driver(ABC):
             self.poke()
             return
         try:
-            self._serve(waiter)
+            with torch_range("wait", self._name(unit)):
+                self._serve(waiter)
             if waiter.error is not None:
                 raise self._as_seen_by_forward(unit, waiter.error) from waiter.error
         except BaseException:
             self.ledger.give_up(waiter)
             self.ledger.leave(unit)
             raise
-        self.ledger.note_stall(unit, time.perf_counter() - waiter.since)
+        self.ledger.note_stall(unit, waiter.since, time.perf_counter())
 
     def leave(self, unit: int) -> None:
         """Return the lease."""
@@ -142,6 +144,10 @@ class Driver(ABC):
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.ledger!r}>"
 
+    def _name(self, unit: int) -> str:
+        record = self.ledger.units.get(unit)
+        return "" if record is None else record.name
+
     def _used_by_its_reader(self) -> ModelError:
         return ModelError(
             "a reader used a weight of the model that it reads for, and would wait for itself",
@@ -149,8 +155,7 @@ class Driver(ABC):
         )
 
     def _as_seen_by_forward(self, unit: int, error: BaseException) -> OdeweiError:
-        record = self.ledger.units.get(unit)
-        name = None if record is None else record.name
+        name = self._name(unit) or None
         if isinstance(error, ClosedError):
             return ClosedError(error.problem, module=name, cure=error.cure)
         if isinstance(error, OdeweiError):
@@ -184,6 +189,15 @@ class Driver(ABC):
                 self.ledger.begin_read(record.id, None)
                 self.ledger.fail(record.id, no_memory(record, limit, error))
             return None
+
+    def _run_job(self, record: UnitRecord, job: Job, slab: Bytes, files: FileTable) -> int:
+        """Run one job of a unit, in the thread that reads. Returns the bytes read."""
+        began = time.perf_counter()
+        with torch_range("read", record.name):
+            nbytes = job.run(slab, files)
+        if (observer := self.ledger.observer) is not None:
+            observer.read(record.id, began, time.perf_counter(), nbytes)
+        return nbytes
 
     def _publish(self, record: UnitRecord, slab: Slab, nbytes_read: int) -> None:
         """All bytes are in the slab: bind, then say so."""
@@ -313,7 +327,7 @@ class SynchronousDriver(Driver):
             with record.account.busy:
                 view = slab.view()
                 for job in record.reader.jobs():
-                    nbytes += job.run(view, record.account.files)
+                    nbytes += self._run_job(record, job, view, record.account.files)
                 del view
         except BaseException as error:
             self._give_up(record, slab, error, nbytes)

@@ -14,6 +14,7 @@ from odewei.errors import ClosedError
 from odewei.scheduler.forks import is_held_by_nobody_here, was_forked
 from odewei.scheduler.leases import LeaseBook, ThreadLeases
 from odewei.scheduler.machine import AutoLimit
+from odewei.scheduler.observer import Observer
 from odewei.scheduler.outlook import Outlook
 from odewei.scheduler.plan import Candidate, Decision, Wish, decide
 from odewei.scheduler.reader import UnitReader
@@ -49,6 +50,7 @@ class Ledger(Books):
         self._idle = 0  # units that are absent and only there on demand
         self._wants = Wants()
         self._closed: BaseException | None = None
+        self.observer: Observer | None = None
         self._leases = LeaseBook(self._thread_is_outside, self._thread_has_ended)
 
     # -- models come and go ------------------------------------------------------------------------------------------
@@ -138,6 +140,8 @@ class Ledger(Books):
             mine = self._leases.mine()
             self._leases.take(mine, account, None, frame)
             self.outlook.enter(mine)
+            if self.observer is not None:
+                self.observer.entered(None, len(mine.leases))
             return len(mine.leases) == 1
 
     @whole
@@ -146,6 +150,8 @@ class Ledger(Books):
         with self.lock:
             mine = self._leases.mine()
             self._leases.give_back(mine, account)
+            if self.observer is not None:
+                self.observer.left(None)
             if not mine.leases:
                 account.counters.passes += 1
                 self._wants.drop(mine)
@@ -159,6 +165,8 @@ class Ledger(Books):
             mine = self._leases.mine()
             self._leases.take(mine, record.account, record, frame, lingers=lingers)
             self._note_access(mine, record)
+            if self.observer is not None:
+                self.observer.entered(unit, len(mine.leases))
             if record.state is State.RESIDENT:
                 record.account.counters.hits += 1
                 return None
@@ -171,6 +179,8 @@ class Ledger(Books):
         """Return the innermost lease of ``unit`` of this thread. Leases above it were left behind and go too."""
         with self.lock:
             self._leases.give_back(self._leases.mine(), unit)
+            if self.observer is not None:
+                self.observer.left(unit)
 
     @whole
     def hold(self, waiter: Waiter) -> None:
@@ -214,13 +224,15 @@ class Ledger(Books):
                     self._demanded.pop(waiter.unit, None)
 
     @whole
-    def note_stall(self, unit: int, seconds: float) -> None:
-        """A forward has waited so long for a unit."""
+    def note_stall(self, unit: int, began: float, ended: float) -> None:
+        """This thread's forward has waited for a unit."""
+        if self.observer is not None:
+            self.observer.stalled(unit, began, ended)
         with self.lock:
             record = self.units.get(unit)
             if record is not None:
                 record.account.counters.stalls += 1
-                record.account.counters.stall_seconds += seconds
+                record.account.counters.stall_seconds += ended - began
 
     def needs_driver(self) -> bool:
         """Whether there is anything to decide: some unit is neither resident nor failed, nor idle. Without the lock, a
@@ -498,6 +510,8 @@ class Ledger(Books):
         self._failed += (state is State.FAILED) - (record.state is State.FAILED)
         self._idle += record.on_demand * ((state is State.ABSENT) - (record.state is State.ABSENT))
         record.state = state
+        if self.observer is not None:
+            self.observer.moved(record.id, state, record.nbytes)
         if state in (State.ABSENT, State.FAILED):
             self._clear_ahead(record)
 

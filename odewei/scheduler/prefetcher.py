@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import threading
 from collections import deque
@@ -242,7 +243,8 @@ class PrefetchingDriver(Driver):
         if not jobs:
             return 0, None
         done = asyncio.Event()
-        batch = Batch(jobs, slab.view(), files, lambda: self._loop.call_soon_threadsafe(done.set))
+        run = functools.partial(self._run_job, record)
+        batch = Batch(jobs, slab.view(), files, lambda: self._loop.call_soon_threadsafe(done.set), run)
         self._queue.put(record.id, batch, urgent=bool(record.waiters))
         for _ in range(min(len(jobs), self._num_readers)):
             self._queued.release()

@@ -25,6 +25,7 @@ import torch
 from odewei.errors import ClosedError, OdeweiError
 from odewei.loaders.base import Span
 from odewei.scheduler.file_table import FileTable, OpenFile
+from odewei.scheduler.observer import Observer
 from odewei.scheduler.row_slots import Ids, RowSlots
 from odewei.scheduler.slabs import Bytes, Slab, SlabPool, slab_bytes
 
@@ -120,6 +121,7 @@ class RowTable:
         self.place = place
         self.counters = RowCounters()
         self.busy: AbstractContextManager[Any] = nullcontext()  # entered while reading
+        self.observer: Observer | None = None
         self._pool = pool
         slots = RowSlots(place.slots_in(cache_bytes), place.rows).count
         owner = f"rows of {place.weight}"
@@ -185,6 +187,9 @@ class RowTable:
         with self.busy:
             read = self._read(here.files, wanted)
         seconds = time.perf_counter() - started
+        if self.observer is not None:
+            nbytes = len(wanted) * self.place.stored_row_bytes
+            self.observer.looked_up(self.place.weight, started, started + seconds, nbytes)
         items = _items(read)
         if len(inverse) == len(found):
             np.take(items, inverse, out=_items(found), mode="clip")  # the same without a copy between
