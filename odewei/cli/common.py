@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,16 +17,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from odewei.errors import OdeweiError
 from odewei.scheduler.budget import parse_nbytes
 
 __all__ = [
+    "BUDGET",
     "INTERRUPTED",
     "NBYTES",
     "LazyGroup",
     "json_option",
     "mistakes_in_one_line",
+    "plain",
     "print_json",
     "progress_console",
     "result_console",
@@ -37,6 +41,8 @@ else:  # older versions of click have no type arguments
     _ParamType = click.ParamType
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., object])
+
+_WIDE = 120  # columns
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C: 128 and the number of SIGINT, as shells have it."""
@@ -60,11 +66,34 @@ NBYTES = _Nbytes()
 """The type of an option that is a number of bytes."""
 
 
+class _Budget(_Nbytes):
+    """A memory budget: bytes, or ``auto``."""
+
+    name = "bytes|auto"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto":
+            return value
+        nbytes = super().convert(value, param, ctx)
+        if nbytes == 0:
+            self.fail("a budget of 0 bytes holds nothing", param, ctx)
+        return nbytes
+
+
+BUDGET = _Budget()
+"""The type of an option that is a number of bytes or "auto"."""
+
+
 def json_option(command: _Decorated) -> _Decorated:
     """A decorator: the flag ``--json``, which the command gets as ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, and nothing else.")(
         command
     )
+
+
+def plain(text: str) -> str:
+    """Text from a file as it is written in a table: it may look like markup, or hold what moves a terminal's cursor."""
+    return escape("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))
 
 
 def print_json(document: Mapping[str, object] | Sequence[object]) -> None:
@@ -73,8 +102,9 @@ def print_json(document: Mapping[str, object] | Sequence[object]) -> None:
 
 
 def result_console() -> Console:
-    """Where results are printed for people: stdout."""
-    return Console(highlight=False)
+    """Where results are printed for people: stdout. A file or a pipe is wider than rich believes."""
+    console = Console(highlight=False)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_WIDE)
 
 
 def progress_console() -> Console:
