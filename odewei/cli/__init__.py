@@ -22,6 +22,7 @@ COMMANDS = (
     "demo",
     "inspect",
     "plan",
+    "bench",
     "align",
 )
 

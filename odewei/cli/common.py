@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -30,12 +31,16 @@ __all__ = [
     "json_option",
     "mistakes_in_one_line",
     "plain",
+    "plain_values",
     "print_json",
     "progress_console",
     "result_console",
+    "silent_console",
 ]
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     _ParamType = click.ParamType[int]
 else:  # older versions of click have no type arguments
     _ParamType = click.ParamType
@@ -101,10 +106,22 @@ def print_json(document: Mapping[str, object] | Sequence[object]) -> None:
     click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
+def plain_values(result: DataclassInstance) -> dict[str, Any]:
+    """A frozen result as JSON has it: dataclasses and tuples taken apart, paths as text."""
+    found = json.loads(json.dumps(asdict(result), default=str))
+    assert isinstance(found, dict)
+    return found
+
+
 def result_console() -> Console:
     """Where results are printed for people: stdout. A file or a pipe is wider than rich believes."""
     console = Console(highlight=False)
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_WIDE)
+
+
+def silent_console() -> Console:
+    """Where results for people go when JSON was asked for: nowhere."""
+    return Console(quiet=True)
 
 
 def progress_console() -> Console:
