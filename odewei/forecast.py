@@ -3,7 +3,7 @@
 The units are cut by what cuts a model's, from a module tree that is guessed from names (``skeleton``), and the passes
 are rehearsed by the real scheduler with a counted clock (``scheduler.rehearsal``). What is guessed: that units are used
 in the order of their names, once a pass and all of them (also experts that a real pass may not be routed to), and that
-a pass computes nothing but products with its matrices. Reads headers only.
+a pass computes nothing but products with its matrices, on the CPU. Reads headers only.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Outline:
         model = skeleton(infos, tied=tied)
         self._stock = Stock(survey(model), infos, loader.dtype)
         budget = MemoryBudget(memory_budget, num_readers=num_readers)
-        self._layout = Layout(model, self._stock, budget.expect, "auto")
+        self._layout = Layout(model, self._stock, budget.expect, "auto", by_rows=True)
         everything = self._layout.infos(self._stock)
         readers = UnitReaders(loader, self._stock, everything, budget.pool, num_readers=num_readers, direct=direct)
         self._units = [_rehearsed(unit.name, readers.make(unit)) for unit in self._layout.units]

@@ -20,7 +20,7 @@ def units_of(model: nn.Module, state: dict[str, torch.Tensor], budget: int) -> s
     """The names of each unit's weights."""
     infos = StateDictLoader(state).weights()
     stock = Stock(survey(model), infos, None)
-    layout = Layout(model, stock, lambda nbytes: budget, "auto")
+    layout = Layout(model, stock, lambda nbytes: budget, "auto", by_rows=True)
     return {frozenset(weight.name for weight in unit.weights) for unit in layout.units}
 
 

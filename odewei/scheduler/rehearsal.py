@@ -2,8 +2,8 @@
 
 What decides is the real thing (ledger, plan, outlook, slab pool), so that what is rehearsed is what will happen. Only
 time is not: reading a byte and computing take as long as they are said to, and deciding takes none. Slabs are mapped
-and never touched, which takes no memory. Knows unit ids, sizes, seconds. One thread, one model, one disk that reads
-unit after unit, those first that are waited for.
+and never touched, which takes no memory. Knows unit ids, sizes, seconds. One thread, one model, one disk that
+reads unit after unit, those first that are waited for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from odewei.scheduler.budget import Budget
 from odewei.scheduler.ledger import Ledger
+from odewei.scheduler.read_plan import Placement
 from odewei.scheduler.reader import FileTable, Job
 from odewei.scheduler.records import Account, Waiter
 from odewei.scheduler.slabs import Bytes, Slab, SlabPool
@@ -32,6 +33,10 @@ class RehearsedUnit:
     name: str
     nbytes: int
     read_bytes: int
+
+    @property
+    def placements(self) -> Sequence[Placement]:
+        return _unread()
 
     def jobs(self) -> Sequence[Job]:
         return _unread()
@@ -192,6 +197,9 @@ class _Nobody:
     """Nobody binds anything."""
 
     def publish(self, unit: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        _unread()
+
+    def bind(self, unit: int) -> None:
         _unread()
 
     def retract(self, unit: int) -> None:
