@@ -71,8 +71,8 @@ class Server:
                 await send(writer, "404 Not Found", "/generate?prompt=...&tokens=20 or /report\n")
         except (ValueError, KeyError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             await send(writer, "400 Bad Request", "this cannot be understood\n")
-        except ConnectionError:
-            pass
+        except (ConnectionError, asyncio.CancelledError):
+            pass  # the client has gone, or the server ends: nobody awaits this task
         finally:
             writer.close()
             with contextlib.suppress(ConnectionError):
