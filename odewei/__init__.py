@@ -50,7 +50,7 @@ __all__ = [
     "verify",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def report(model: nn.Module) -> Report:
