@@ -49,7 +49,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, WeightInfo]:
     with open_header(file) as stream:
         header = _header_bytes(stream, file)
     data_start = _LENGTH_NBYTES + len(header)
-    infos = [_weight(name, entry, data_start, file) for name, entry in _parse(header, file).items()]
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # thousands of weights have the same
+    infos = [_weight(name, entry, data_start, file, shapes) for name, entry in _parse(header, file).items()]
     infos.sort(key=_place)
     _check_cover(infos, data_start, file)
     return {info.name: info for info in infos}
@@ -111,7 +112,13 @@ def _is_metadata(found: object) -> bool:
         return False
 
 
-def _weight(name: str, entry: object, data_start: int, file: CheckpointFile) -> WeightInfo:
+def _weight(
+    name: str,
+    entry: object,
+    data_start: int,
+    file: CheckpointFile,
+    shapes: dict[tuple[int, ...], tuple[int, ...]],
+) -> WeightInfo:
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         _refuse(file, f"a tensor is described by {_brief(entry)} instead of dtype, shape, data_offsets", weight=name)
     if not isinstance(entry["dtype"], str):
@@ -134,6 +141,7 @@ def _weight(name: str, entry: object, data_start: int, file: CheckpointFile) -> 
         _refuse(file, f"{what}, but its data_offsets hold {end - begin}", weight=name)
     if entry["dtype"] == "F4":
         shape = _in_pairs(shape, name, file)
+    shape = shapes.setdefault(shape, shape)
     return WeightInfo(sys.intern(name), dtype, shape, Span(file, data_start + begin, end - begin))
 
 
