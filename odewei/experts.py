@@ -96,7 +96,7 @@ def listed_experts(model: nn.Module | Modules, units: Sequence[Unit]) -> list[bo
     method of the module that holds it names both it and a function that chooses by values.
     """
     modules = Modules.of(model).named
-    of_list: dict[str, bool] = {}
+    of_list: dict[str, bool] = {}  # by the module that holds others, which all get the same answer
     of_kind: dict[tuple[type[nn.Module], str], bool] = {}
 
     def holds_experts(container: str) -> bool:
@@ -115,13 +115,14 @@ def listed_experts(model: nn.Module | Modules, units: Sequence[Unit]) -> list[bo
             )
         return of_kind[key]
 
-    def is_expert(name: str) -> bool:
-        container = name.rpartition(".")[0]
-        if container not in of_list:
-            of_list[container] = holds_experts(container)
-        return of_list[container]
+    def is_in_one(name: str) -> bool:
+        """Whether the module is an expert, or lies in one."""
+        holder = name.rpartition(".")[0]
+        if holder not in of_list:
+            of_list[holder] = holds_experts(holder) or (bool(holder) and is_in_one(holder))
+        return of_list[holder]
 
-    return [all(any(map(is_expert, ancestry(name))) for name in unit.hooked) for unit in units]
+    return [all(map(is_in_one, unit.hooked)) for unit in units]
 
 
 def piece_name(weight: str, place: int) -> str:

@@ -63,7 +63,8 @@ class Stock:
     def dtype(self, weight: Weight) -> torch.dtype:
         """The dtype that a weight is bound in, as far as is known before it is loaded."""
         info = self.infos.get(weight.name)
-        return self.cast(weight.dtype if info is None else info.dtype)
+        stored = weight.dtype if info is None else info.dtype
+        return stored if self._wanted is None else bound_dtype(stored, self._wanted)
 
     def stride(self, weight: Weight) -> tuple[int, ...] | None:
         """Its strides when bound; None: contiguous."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -28,6 +29,7 @@ _MAX_HEADER_NBYTES = 100_000_000
 _LENGTH_NBYTES = 8
 _MAX_COUNT = 2**63 - 1  # torch counts elements in int64
 _TOO_LARGE = 2**64
+_ODD_COUNT = re.compile(rb"-[0-9]|[0-9]{20}")  # may be in a header that has a number that _count must look at
 _KEYS = {"dtype", "shape", "data_offsets"}
 _CURE = "Download the file again; if it is whole, it was written wrongly"
 
@@ -80,7 +82,8 @@ def _parse(header: bytes, file: CheckpointFile) -> dict[str, object]:
     if not header.startswith(b"{"):
         _refuse(file, "the header does not begin with '{'")
     try:
-        found = json.loads(header.decode("utf-8"), object_pairs_hook=no_duplicates, parse_int=_count)
+        counting = _count if _ODD_COUNT.search(header) else None
+        found = json.loads(header.decode("utf-8"), object_pairs_hook=no_duplicates, parse_int=counting)
         for name in found:
             name.encode()  # JSON can spell half a surrogate pair, which is no text
     except UnicodeError as error:
