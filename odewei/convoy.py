@@ -13,7 +13,6 @@ Knows threads, moments and bytes. Knows nothing of models: those who run a pass 
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections import deque
@@ -141,7 +140,9 @@ class Convoy:
         seconds = self._seconds.copy()  # others append
         if not seconds:
             return _FIRST_PATIENCE_SECONDS
-        return max(_LEAST_PATIENCE_SECONDS, _PATIENCE * statistics.median(seconds))
+        from statistics import median  # brings decimals and fractions, which few processes need
+
+        return max(_LEAST_PATIENCE_SECONDS, _PATIENCE * median(seconds))
 
     def __repr__(self) -> str:
         return f"<Convoy of {len(self._members)}, {len(self._waiting)} waiting, {len(self._away)} away>"

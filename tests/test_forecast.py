@@ -42,7 +42,8 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("percent", [30, 70])
 def test_bytes_are_those_of_a_real_run(checkpoint: Path, percent: int) -> None:
     """Given how fast the disk and the products were, what a pass will read is what a real run reports, within
-    a few percent of the weights; the units are the same.
+    a few percent of the weights. Half of the budget of so small a model is its window, and how much of that is used
+    depends on how busy the machine is. The units are the same.
     """
     budget = SHAPE.nbytes() * percent // 100
     source = odewei.open_checkpoint(checkpoint)
@@ -58,7 +59,7 @@ def test_bytes_are_those_of_a_real_run(checkpoint: Path, percent: int) -> None:
     product = (report.compute_seconds - before.compute_seconds) / 6 / sum(matrices.values())
     bandwidth = report.bandwidth
     forecast = outline.forecast(bandwidth=bandwidth, tokens=8, products=dict.fromkeys(matrices, product))
-    assert forecast.read_bytes == pytest.approx((report.bytes_read - before.bytes_read) / 6, abs=0.05 * SHAPE.nbytes())
+    assert forecast.read_bytes == pytest.approx((report.bytes_read - before.bytes_read) / 6, abs=0.08 * SHAPE.nbytes())
     assert forecast.units + 1 == report.units  # the table of tokens is a unit of its own, used only when it is wanted
     assert forecast.weight_bytes == report.weight_bytes
     assert forecast.budget_bytes == report.budget_bytes
