@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
+from odewei.loaders.remote_file import RemoteFile
 from odewei.scheduler.callable_unit import CallableUnit, Expected
 from odewei.scheduler.read_plan import ReadSettings, Wanted
 from odewei.scheduler.reader import PlannedUnit, UnitReader
@@ -52,11 +53,16 @@ class UnitReaders:
         wanted = tuple(self._wanted(weight.name) for weight in unit.weights)
         per_reader = sum(weight.nbytes for weight in wanted) // self._num_readers
         chunk = round_up(min(max(per_reader, _SMALLEST_CHUNK), _CHUNK_BYTES), PAGE)
-        return PlannedUnit(wanted, _settings(self._direct, chunk), self._source)
+        return PlannedUnit(wanted, _settings(self._direct or any(map(_is_remote, wanted)), chunk), self._source)
 
     def _wanted(self, name: str) -> Wanted:
         info = self._infos[name]
         return Wanted(name, info, self._stock.cast(info.dtype))
+
+
+def _is_remote(weight: Wanted) -> bool:
+    """Whether each read of it is a request to somebody far away: few large ones, as for direct reads, are best then."""
+    return weight.info.span is not None and isinstance(weight.info.span.file, RemoteFile)
 
 
 @functools.cache

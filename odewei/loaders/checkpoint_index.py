@@ -10,12 +10,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import PureWindowsPath
 from typing import NoReturn
 
 from odewei.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError
 from odewei.loaders.base import CheckpointFile
 from odewei.loaders.file_loader import no_duplicates, open_header
+from odewei.loaders.remote_path import AnyPath, as_place, is_url
 
 __all__ = ["CheckpointIndex", "check_shard_name", "parse_index", "read_index"]
 
@@ -27,12 +28,12 @@ _CURE = "Download the index again"
 class CheckpointIndex:
     """``shards[weight]`` is the file that holds the weight; ``path`` is where the index was read."""
 
-    path: Path
-    shards: Mapping[str, Path]
+    path: AnyPath
+    shards: Mapping[str, AnyPath]
 
-    def by_shard(self) -> dict[Path, list[str]]:
+    def by_shard(self) -> dict[AnyPath, list[str]]:
         """The names of the weights in each shard, in the order of the index."""
-        names: dict[Path, list[str]] = {}
+        names: dict[AnyPath, list[str]] = {}
         for weight, shard in self.shards.items():
             names.setdefault(shard, []).append(weight)
         return names
@@ -58,17 +59,17 @@ def read_index(
 
     Raises CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError.
     """
-    file = CheckpointFile.stat(Path(path))
+    file = CheckpointFile.stat(as_place(path))
     if file.size > _MAX_INDEX_NBYTES:
         raise CorruptCheckpointError(
             f"an index of {file.size} bytes is no index", file=str(path), cure="Name the *.index.json file"
         )
     with open_header(file) as stream:
         text = stream.read()
-    return parse_index(text, Path(path), Path(weights_dir), weights_mapping_key)
+    return parse_index(text, file.path, as_place(weights_dir), weights_mapping_key)
 
 
-def parse_index(text: bytes, path: Path, weights_dir: Path, weights_mapping_key: str) -> CheckpointIndex:
+def parse_index(text: bytes, path: AnyPath, weights_dir: AnyPath, weights_mapping_key: str) -> CheckpointIndex:
     """The index in ``text``; ``path`` is for messages. Pure."""
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
@@ -83,14 +84,14 @@ def parse_index(text: bytes, path: Path, weights_dir: Path, weights_mapping_key:
     mapping = found[weights_mapping_key]
     if not isinstance(mapping, dict):
         _refuse(path, f"{weights_mapping_key!r} of the index is a {type(mapping).__name__}, not an object")
-    checked: dict[str, Path] = {}
+    checked: dict[str, AnyPath] = {}
     for shard in set(_strings(mapping, path)):
         check_shard_name(shard, index=path)
         checked[shard] = weights_dir / shard
     return CheckpointIndex(path, {weight: checked[shard] for weight, shard in mapping.items()})
 
 
-def check_shard_name(name: str, *, index: Path) -> None:
+def check_shard_name(name: str, *, index: AnyPath) -> None:
     """Raise UnsafeCheckpointError unless ``name`` stays in its folder, on any system, as far as the text tells.
 
     Raises CorruptCheckpointError for a name that cannot be a file at all.
@@ -98,6 +99,8 @@ def check_shard_name(name: str, *, index: Path) -> None:
     windows = PureWindowsPath(name)  # splits at both kinds of slash, so it sees what any system would see
     if windows.drive or windows.root or name.startswith("/"):
         what = "is absolute"
+    elif is_url(name):
+        what = "leads to a place of its own"
     elif ".." in windows.parts:
         what = "leads out of its folder"
     elif "\0" in name or not windows.parts:
@@ -112,7 +115,7 @@ def check_shard_name(name: str, *, index: Path) -> None:
     )
 
 
-def _strings(mapping: dict[str, object], path: Path) -> list[str]:
+def _strings(mapping: dict[str, object], path: AnyPath) -> list[str]:
     names: list[str] = []
     for weight, shard in mapping.items():
         if not isinstance(shard, str):
@@ -126,5 +129,5 @@ def _strings(mapping: dict[str, object], path: Path) -> list[str]:
     return names
 
 
-def _refuse(path: Path, problem: str, *, cure: str = _CURE, cause: Exception | None = None) -> NoReturn:
+def _refuse(path: AnyPath, problem: str, *, cure: str = _CURE, cause: Exception | None = None) -> NoReturn:
     raise CorruptCheckpointError(problem, file=str(path), cure=cure) from cause

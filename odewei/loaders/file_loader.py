@@ -1,12 +1,13 @@
 """What the loaders of files share: headers read once, a file opened and checked, a span read the plain way.
 
-Knows files and bytes. A file is opened for each read and closed after it: nothing stays open between reads, no file
-descriptor can be closed under a reading thread, and a file that was replaced is noticed.
+Knows files and bytes. A local file is opened for each read and closed after it: nothing stays open between reads, no
+file descriptor can be closed under a reading thread, and a file that was replaced is noticed.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import threading
 from abc import abstractmethod
@@ -21,15 +22,21 @@ import torch
 from odewei.errors import CheckpointError, WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightInfo, WeightsLoader
 from odewei.loaders.names import Rename
+from odewei.loaders.remote_file import RemoteFile, RemoteStream
+from odewei.loaders.remote_path import RemoteOptions, as_place
 
 __all__ = ["FileLoader", "no_duplicates", "open_again", "open_header", "read_span"]
 
 _EIO_TRIES = 3
+_REMOTE_BUFFER_NBYTES = 1 << 18  # what is asked for to read a header
 
 
 @contextmanager
 def open_header(file: CheckpointFile) -> Iterator[BinaryIO]:
     """``file``, open for reading its header. Raises CheckpointError, also when the file changes meanwhile."""
+    if isinstance(file, RemoteFile):
+        yield io.BufferedReader(RemoteStream(file), _REMOTE_BUFFER_NBYTES)
+        return
     try:
         with open(file.path, "rb") as stream:
             file.check_unchanged(stream.fileno())
@@ -46,6 +53,12 @@ def open_header(file: CheckpointFile) -> Iterator[BinaryIO]:
 @contextmanager
 def open_again(file: CheckpointFile, weight: str) -> Iterator[BinaryIO]:
     """``file``, open for reading a weight. Raises WeightReadError, also when the file is not what it was any more."""
+    if isinstance(file, RemoteFile):
+        try:
+            yield io.BufferedReader(RemoteStream(file), _REMOTE_BUFFER_NBYTES)
+        except CheckpointError as error:
+            raise WeightReadError(error.problem, weight=weight, file=error.file, cure=error.cure) from error
+        return
     try:
         with open(file.path, "rb") as stream:
             file.check_unchanged(stream.fileno(), weight=weight)
@@ -84,6 +97,9 @@ def read_span(info: WeightInfo, buffer: memoryview) -> None:
             f"{info.name} has {info.nbytes} bytes, the buffer {buffer.nbytes}, the span {info.span.nbytes}"
         )
     file = info.span.file
+    if isinstance(file, RemoteFile):
+        file.read([buffer], info.span.offset, info.nbytes, weight=info.name)
+        return
     try:
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -124,6 +140,9 @@ def _failed(info: WeightInfo, problem: str, cure: str) -> WeightReadError:
 class FileLoader(WeightsLoader):
     """A checkpoint that begins at one file, ``path``. The headers are read when they are first asked for, and once.
 
+    ``path`` may be a URL that fsspec can read; ``storage_options`` are fsspec's (credentials, mostly), ``remote`` says
+    how such files are read. Pickles hold both, credentials included.
+
     Copies and pickles keep the headers that were read, so that they too notice a file that has changed since. A
     ``rename`` that cannot be pickled (a lambda) keeps the loader from it.
     """
@@ -136,16 +155,18 @@ class FileLoader(WeightsLoader):
         dtype: torch.dtype | None = None,
         rename: Rename | None = None,
         prefix: str = "",
+        storage_options: Mapping[str, object] | None = None,
+        remote: RemoteOptions | None = None,
     ) -> None:
         super().__init__(device=device, dtype=dtype, rename=rename, prefix=prefix)
-        self.path = Path(path)
+        self.path = as_place(path, storage_options, remote)
         self._check_path()
         self._weights: dict[str, WeightInfo] | None = None
         self._lock = threading.Lock()
 
     @property
-    def place(self) -> Path:
-        return self.path
+    def place(self) -> Path | None:
+        return self.path if isinstance(self.path, Path) else None  # nothing can be kept beside a remote file
 
     def _check_path(self) -> None:
         """Raise CheckpointNotFoundError or CheckpointError if ``path`` cannot be one of a checkpoint."""

@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import numpy as np
@@ -87,12 +88,12 @@ class NumpyLoader(FileLoader):
     """
 
     def _check_path(self) -> None:
-        if not self.path.is_dir():
+        if not (isinstance(self.path, Path) and self.path.is_dir()):
             super()._check_path()
 
     def _read_headers(self) -> dict[str, WeightInfo]:
         self._packed: dict[str, _Packed] = {}
-        if self.path.is_dir():
+        if isinstance(self.path, Path) and self.path.is_dir():
             paths = sorted(path for path in self.path.iterdir() if path.name.lower().endswith(".npy"))
             return {path.name[:-4]: self._one(path.name[:-4], CheckpointFile.stat(path)) for path in paths}
         file = CheckpointFile.stat(self.path)

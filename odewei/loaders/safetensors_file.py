@@ -14,12 +14,12 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from odewei.errors import CheckpointError, CorruptCheckpointError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
 from odewei.loaders.file_loader import FileLoader, no_duplicates, open_header
+from odewei.loaders.remote_path import as_place
 from odewei.loaders.tensors import named_dtype
 
 __all__ = ["SafetensorsLoader", "read_header"]
@@ -45,7 +45,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, WeightInfo]:
     Raises CheckpointNotFoundError, CorruptCheckpointError for whatever contradicts the format, CheckpointError for a
     dtype that cannot be read here.
     """
-    file = CheckpointFile.stat(Path(path))
+    file = CheckpointFile.stat(as_place(path))
     with open_header(file) as stream:
         header = _header_bytes(stream, file)
     data_start = _LENGTH_NBYTES + len(header)

@@ -7,7 +7,7 @@ the weights are first asked for.
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 
@@ -18,10 +18,11 @@ from odewei.loaders.file_loader import FileLoader
 from odewei.loaders.gguf_file import GgufLoader
 from odewei.loaders.names import Rename
 from odewei.loaders.numpy_file import NumpyLoader
+from odewei.loaders.remote_path import AnyPath, RemoteOptions, RemotePath, as_place
 from odewei.loaders.safetensors_file import SafetensorsLoader
 from odewei.loaders.torch_file import TorchLoader
 
-__all__ = ["NUMPY_SUFFIXES", "TORCH_SUFFIXES", "ShardedWeightsLoader", "open_weights_file"]
+__all__ = ["NUMPY_SUFFIXES", "TORCH_SUFFIXES", "ShardedWeightsLoader", "is_weights_file", "open_weights_file"]
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 NUMPY_SUFFIXES = (".npz", ".npy")
@@ -33,8 +34,13 @@ _KINDS: dict[str, type[FileLoader]] = {
 }
 
 
+def is_weights_file(path: AnyPath) -> bool:
+    """Whether ``open_weights_file`` reads a file of that name."""
+    return path.suffix.lower() in _KINDS
+
+
 def open_weights_file(
-    path: Path,
+    path: AnyPath,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -74,9 +80,22 @@ class ShardedWeightsLoader(FileLoader):
         *,
         rename: Rename | None = None,
         prefix: str = "",
+        storage_options: Mapping[str, object] | None = None,
+        remote: RemoteOptions | None = None,
     ) -> None:
-        super().__init__(index_file_path, device=device, dtype=dtype, rename=rename, prefix=prefix)
-        self._index = read_index(index_file_path, weights_dir, weights_mapping_key)
+        super().__init__(
+            index_file_path,
+            device=device,
+            dtype=dtype,
+            rename=rename,
+            prefix=prefix,
+            storage_options=storage_options,
+            remote=remote,
+        )
+        folder = as_place(weights_dir, storage_options, remote)
+        if isinstance(folder, RemotePath) and isinstance(self.path, RemotePath):
+            folder = RemotePath(folder.url, self.path.remote)  # one cache, one look at each file
+        self._index = read_index(self.path, folder, weights_mapping_key)
         self._index.check_shards()
         self._loaders = {shard: open_weights_file(shard) for shard in self._index.by_shard()}
 

@@ -22,6 +22,7 @@ import torch
 
 from odewei.errors import OdeweiError, WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightsLoader
+from odewei.loaders.remote_file import RemoteFile
 from odewei.scheduler.read_plan import (
     Cast,
     CopiedRead,
@@ -118,7 +119,8 @@ class FileTable:
         self._local = threading.local()
 
     def is_open(self, file: CheckpointFile) -> bool:
-        return file in self._open
+        """Whether it can be read as it is: a remote file is never open."""
+        return file in self._open or isinstance(file, RemoteFile)
 
     def keep(self, file: CheckpointFile, opened: io.FileIO) -> None:
         """Take over an open file; if another thread was first, close this one."""
@@ -136,6 +138,9 @@ class FileTable:
 
     def read(self, file: CheckpointFile, buffers: Sequence[Bytes], offset: int, needed: int) -> None:
         """Fill the buffers in turn from ``offset`` on, with at least ``needed`` bytes. Raises WeightReadError."""
+        if isinstance(file, RemoteFile):
+            file.read([buffer.data for buffer in buffers], offset, needed)
+            return
         try:
             found = self._read_fully(file, [buffer.data for buffer in buffers], offset, needed)
             file.check_unchanged(self.fd(file))

@@ -24,6 +24,7 @@ import torch
 
 from odewei.errors import ClosedError, OdeweiError
 from odewei.loaders.base import Span
+from odewei.loaders.remote_file import RemoteFile
 from odewei.scheduler.reader import FileTable, cannot_read
 from odewei.scheduler.row_slots import Ids, RowSlots
 from odewei.scheduler.slabs import Bytes, Slab, SlabPool, slab_bytes
@@ -206,6 +207,10 @@ class RowTable:
             (position * size, start + first * size, count * size)
             for position, first, count in runs_of(rows, max(1, _LONGEST_READ // size))
         ]
+        if isinstance(file, RemoteFile):
+            for at, offset, nbytes in reads:
+                files.read(file, [target[at : at + nbytes]], offset, nbytes)
+            return made if place.stored == place.dtype else made.to(place.dtype)
         try:
             fd = files.fd(file)
         except OSError as error:
