@@ -190,7 +190,7 @@ class HttpTransport(Transport):
             raise CheckpointError(problem, file=str(self.path), cure="Check the address") from error
         except TimeoutError as error:
             raise TransientError("the server was silent, or too slow, for too long") from error
-        except (aiohttp.ClientError, EOFError, OSError) as error:
+        except (aiohttp.ClientError, EOFError, OSError, RuntimeError) as error:  # RuntimeError: closed under a reader
             raise as_transient(error) from error
 
 

@@ -200,9 +200,9 @@ def as_place(
     """
     if isinstance(path, RemotePath):
         return path
-    if not isinstance(path, str) or (found := _URL.match(path)) is None:
+    if not isinstance(path, str) or not (("::" in path and "://" in path) or _URL.match(path)):
         return _local(Path(path))
-    if found[1].lower() == "file":
+    if path[:7].lower() == "file://":
         return Path(unquote(urlsplit(path).path))
     if "::" in path or any(character <= " " for character in path):
         raise OptionsError(
