@@ -78,6 +78,7 @@ class Site:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or each answer waits for an acknowledgement of its headers
 
             def log_message(self, *_: object) -> None:
                 pass
