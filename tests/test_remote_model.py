@@ -18,6 +18,7 @@ from odewei.loaders.remote_file import RemoteFile
 from odewei.torch import RemoteOptions, SafetensorsLoader, ShardedWeightsLoader, init_on_demand_weights_model
 from tests import models as zoo
 from tests.servers import Fault, Site, Waits, serving
+from tests.test_recipes import by_expert, fused
 
 pytest.importorskip("aiohttp", reason="the extra remote is not installed")
 
@@ -158,6 +159,24 @@ def test_a_cast_is_the_same_over_the_network(site: Site) -> None:
         with zoo.streamed(LLAMA.build, source, dtype=torch.bfloat16, memory_budget=budget) as streamed:
             results.append(zoo.outputs(streamed, LLAMA.inputs(1)))
     assert zoo.same_bits(*results)
+
+
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+def test_recipes_go_over_the_network(io: str, site: Site) -> None:
+    """A fused weight is gathered from the parts of a remote file; the same bits from a server that fails."""
+    model = zoo.resident(zoo.mixtral)
+    save_file(by_expert(model.state_dict()), site.folder / "model.safetensors")
+    failing(site, 9)
+    loader = fused(f"{site.url}/model.safetensors", model.config.num_hidden_layers)
+    loader.loader = SafetensorsLoader(
+        f"{site.url}/model.safetensors",
+        rename=lambda name: name.replace(".block_sparse_moe.gate", ".mlp.gate"),
+        remote=RemoteOptions(sleep=Waits(), attempts=50),
+    )
+    inputs = zoo.CASES["mixtral"].inputs
+    with zoo.streamed(zoo.mixtral, loader, io=io, memory_budget=zoo.weight_bytes(model) * 2 // 3) as streamed:
+        for seed in (1, 2):
+            assert zoo.same_bits(zoo.outputs(streamed, inputs(seed)), zoo.outputs(model, inputs(seed)))
 
 
 @pytest.mark.parametrize("depth", [0, "auto"])

@@ -88,9 +88,10 @@ class HttpTransport(Transport):
         response = await self._get(f"bytes={offset}-{end - 1}", target.left)
         try:
             if response.status == 200:
-                if offset or target.left != expected.size:
+                if offset != target.done or offset + target.left != expected.size:
                     raise RangeIgnoredError
                 self._check_whole(response, expected)
+                target.rewind()
             else:
                 self._check_part(response, expected, offset, end)
             async for chunk in response.content.iter_any():

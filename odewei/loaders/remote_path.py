@@ -103,7 +103,7 @@ class RemotePath:
     It has what loaders use of a ``Path``, and is none: whatever would open it as a local file raises OptionsError.
     """
 
-    __slots__ = ("_head", "_path", "_tail", "remote")
+    __slots__ = ("_head", "_path", "_tail", "_text", "remote", "url")
 
     def __init__(self, url: str, remote: Remote) -> None:
         self.remote = remote
@@ -115,11 +115,8 @@ class RemotePath:
             self._path, self._tail = parts.path, f"?{parts.query}" if parts.query else ""
         else:
             self._head, self._path, self._tail = f"{scheme}://", rest, ""
-
-    @property
-    def url(self) -> str:
-        """All of it."""
-        return f"{self._head}{self._path}{self._tail}"
+        self.url = f"{self._head}{self._path}{self._tail}"
+        self._text = re.sub(r"//[^/@]*@", "//", self._head) + self._path + ("?…" if self._tail else "")
 
     @property
     def protocol(self) -> str:
@@ -168,8 +165,7 @@ class RemotePath:
         )
 
     def __str__(self) -> str:
-        head = re.sub(r"//[^/@]*@", "//", self._head)
-        return f"{head}{self._path}{'?…' if self._tail else ''}"
+        return self._text
 
     def __repr__(self) -> str:
         return f"RemotePath({str(self)!r})"

@@ -41,7 +41,8 @@ class Target:
     """
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:
-        self._buffers = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
+        self._all = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
+        self._buffers = list(self._all)
         self._lock = threading.Lock()
         self.left = sum(map(len, self._buffers))
         self.done = 0
@@ -64,9 +65,15 @@ class Target:
             self.left -= len(data)
             self.done += len(data)
 
+    def rewind(self) -> None:
+        """Begin anew."""
+        with self._lock:
+            self._buffers = list(self._all)
+            self.left, self.done = self.left + self.done if self._all else 0, 0
+
     def close(self) -> None:
         with self._lock:
-            self._buffers, self.left = [], 0
+            self._all, self._buffers, self.left = [], [], 0
 
 
 class Transport(ABC):

@@ -392,6 +392,28 @@ def test_secrets_of_a_url_are_not_in_messages(site: Site) -> None:
     assert "secret" not in repr(loader) + repr(loader.path) + repr(loader.weights()["a"])
 
 
+def test_a_server_may_not_lead_to_where_anybody_can_listen(site: Site) -> None:
+    """From https to http: refused before a byte is used."""
+    from types import SimpleNamespace
+
+    from odewei.loaders.remote_http import HttpTransport
+    from odewei.loaders.remote_path import RemotePath, as_place
+
+    path = as_place("https://127.0.0.1/model.safetensors")
+    assert isinstance(path, RemotePath)
+    answer = SimpleNamespace(url=SimpleNamespace(scheme="http"), status=206, headers={})
+    with pytest.raises(UnsafeCheckpointError, match="from https"):
+        HttpTransport(path, None)._check(answer)
+    answer.url.scheme = "https"
+    HttpTransport(path, None)._check(answer)
+
+
+def test_compressed_answers_are_not_asked_for(site: Site) -> None:
+    """The offsets are those of the file itself."""
+    site.needs = ("Accept-Encoding", "identity")
+    assert_reads(loader_of(site))
+
+
 # -- what lies -------------------------------------------------------------------------------------------------------
 
 
@@ -470,10 +492,12 @@ def test_a_file_that_does_not_fit_into_the_cache_is_not_downloaded(site: Site, t
 
 
 def test_without_ranges_an_index_is_read_whole(site: Site, tmp_path: Path) -> None:
-    """What is wanted whole needs neither ranges nor a cache."""
+    """What is wanted whole needs neither ranges nor a cache, and is asked for anew when it breaks off."""
     site.ranges = False
     save_shards(TENSORS, tmp_path, [".safetensors"])
-    loader = ShardedWeightsLoader(f"{site.url}/index.json", site.url)
+    site.faults = [Fault(), Fault(cut_after=10)]
+    remote = RemoteOptions(sleep=Waits())
+    loader = ShardedWeightsLoader(f"{site.url}/index.json", site.url, remote=remote)
     with pytest.raises(CheckpointError, match="whole file"):
         loader.weights()
 

@@ -47,6 +47,22 @@ def test_a_target_is_filled_in_turn(lengths: list[int], pieces: list[int]) -> No
     assert (target.done, target.left) == (len(sent), sum(lengths) - len(sent))
 
 
+def test_a_target_may_begin_anew() -> None:
+    """A server that only sends whole files starts from the front again; after closing there is no front."""
+    buffer = bytearray(4)
+    target = Target([memoryview(buffer)[:1], memoryview(buffer)[1:]])
+    target.put(b"xyz")
+    target.rewind()
+    assert (target.done, target.left) == (0, 4)
+    target.put(b"abcd")
+    assert (buffer, target.left) == (b"abcd", 0)
+    target.close()
+    target.rewind()
+    with pytest.raises(TransientError):
+        target.put(b"x")
+    assert buffer == b"abcd"
+
+
 def test_nothing_is_written_after_closing() -> None:
     """Whoever gave the memory may use it for something else then, and bytes that come late do no harm."""
     buffer = bytearray(4)
