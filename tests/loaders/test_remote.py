@@ -8,6 +8,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -440,6 +441,20 @@ def test_an_answer_that_contradicts_itself_is_refused(lie: str, site: Site) -> N
     assert_reads(loader)
 
 
+def test_another_part_of_the_same_length_is_refused(site: Site) -> None:
+    """What the answer says of its place counts, although all lengths agree."""
+    loader = loader_of(site)
+    span = loader.weights()["a"].span
+    assert span is not None
+    first, last = span.offset, span.offset + span.nbytes - 1
+    for moved in (-1, 1):
+        place = f"bytes {first + moved}-{last + moved}/{span.file.size}"
+        site.faults = [Fault(headers={"Content-Range": place})]
+        with pytest.raises(WeightReadError, match="was asked for the bytes"):
+            loader("module", ["a"])
+    assert_reads(loader)
+
+
 def test_a_content_length_that_is_wrong_is_never_wrong_bytes(site: Site) -> None:
     """A length that is not that of the part is refused, whatever the body has."""
     loader = loader_of(site)
@@ -466,21 +481,26 @@ def test_a_server_without_ranges_needs_a_cache(site: Site, tmp_path: Path) -> No
 
 
 def test_a_file_of_a_server_without_ranges_is_downloaded_once(site: Site, tmp_path: Path) -> None:
-    """Eight threads and a second loader: one download, although it breaks off twice."""
+    """Eight loaders at once, as of eight processes: one download, although it breaks off twice."""
     site.ranges = False
-    loader = loader_of(site, cache_dir=tmp_path / "cache")
-    site.faults = [Fault(), Fault(cut_after=1000), Fault(cut_after=400_000)]
-    loader.weights()
-    size = (tmp_path / "model.safetensors").stat().st_size
-    threads = [threading.Thread(target=assert_reads, args=(loader,)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert_reads(loader_of(site, cache_dir=tmp_path / "cache"))
-    whole = [span for path, span in site.requests if span is None]
-    assert len(whole) == 3
-    assert size > BLOCK_NBYTES
+    loaders = [loader_of(site, cache_dir=tmp_path / "cache") for _ in range(8)]
+    breaks = [400_000, 1000]
+
+    def fault(number: int) -> Fault:
+        whole = site.requests[-1][1] is None
+        return Fault(cut_after=breaks.pop()) if whole and breaks else Fault()
+
+    site.fault_for = fault
+    start = threading.Barrier(8)
+
+    def work(loader: SafetensorsLoader) -> None:
+        start.wait()
+        assert_reads(loader)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, loaders))
+    assert [span for _, span in site.requests].count(None) == 3
+    assert (tmp_path / "model.safetensors").stat().st_size > BLOCK_NBYTES
 
 
 def test_a_file_that_does_not_fit_into_the_cache_is_not_downloaded(site: Site, tmp_path: Path) -> None:
