@@ -2,6 +2,8 @@
 #
 #   make demo DEMO_ARGS="--size 512MiB"     options of the demo (see: .venv/bin/odewei demo --help)
 #   make test TEST_ARGS="-k sharded -x"     options of pytest
+#   make fuzz FUZZ_ARGS="--seed 7 --kind torch"  options of the fuzzer (see: .venv/bin/python -m tests.fuzz --help)
+#   make soak SOAK_ARGS="--only signals"    options of the soak (see: .venv/bin/python -m tests.soak --help)
 #   make bench BENCH_ARGS="--peers mmap"    options of the benchmark (see: .venv/bin/python -m benchmarks --help)
 #   make env  PYTHON=/path/to/python3.12    another interpreter (after: make clean)
 
@@ -9,6 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+DOCS := $(VENV)/.docs
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt
 
 # The first interpreter on the path that is new enough.
@@ -20,16 +23,19 @@ endif
 NONE_IS_FINE = $(if $(TEST_ARGS),|| test $$? = 5)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test zoo bench gpu check format env clean
+.PHONY: help demo test soak zoo fuzz bench gpu check format docs env clean
 
 help:
 	@echo "make demo     real weights and a real size, streamed and resident, side by side"
 	@echo "make test     all tests but those of the zoo"
+	@echo "make soak     faults of files, memory, signals and processes, and long runs: under 15 minutes"
 	@echo "make zoo      289 architectures of transformers and diffusers, streamed and resident, byte for byte"
+	@echo "make fuzz     100,000 hostile files: clean errors or the right tensors, in 64 MiB"
 	@echo "make bench    odewei and its peers under one memory limit: benchmarks/results"
 	@echo "make gpu      tests and benchmark on an accelerator, where there is one"
 	@echo "make check    format, lint and types"
 	@echo "make format   put the code into its format"
+	@echo "make docs     the documentation as a site, in site/; a link that leads nowhere is an error"
 	@echo "make env      only make $(VENV) with everything in it"
 	@echo "make clean    remove $(VENV) and all caches of the tools"
 
@@ -42,9 +48,16 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TEST_ARGS) $(NONE_IS_FINE)
 	$(BIN)/python -m pytest -o testpaths=tests/sim $(TEST_ARGS) $(NONE_IS_FINE)
 
+# Ends with 1 if anything but "right" or a clean error came of a fault, or one was never reached: docs/faults.md
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
+
 # The counts by family come last.
 zoo: $(INSTALLED)
 	$(BIN)/python -m pytest tests/zoo -m "zoo or not zoo" --zoo-summary -q $(TEST_ARGS)
+
+fuzz: $(INSTALLED)
+	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 bench: $(PEERS)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
@@ -66,6 +79,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 env: $(INSTALLED)
 
 # torch comes first, so that nothing that needs it can choose another. The package with the real weights asks for a
@@ -85,6 +102,11 @@ $(PEERS): $(INSTALLED)
 		$(PIP_INSTALL) $$peer || { all=0; echo "$$peer cannot be installed; the report will say so" >&2; }; \
 	done; [ $$all = 0 ] || touch $@
 
+# The extra "docs".
+$(DOCS): $(INSTALLED)
+	$(PIP_INSTALL) mkdocs-material
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist odewei.egg-info
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist odewei.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ the layer computes → the lease ends → the unit stays while its next use is n
 next use is nearer.
 
 - ``odewei.torch``: ``init_on_demand_weights_model`` and the loaders; start there.
+- ``odewei.from_pretrained`` and ``stream_pipeline``: checkpoints in the layout of Hugging Face, in one call.
 - ``odewei.loaders``: where the bytes are. Knows files; knows nothing of modules, threads or asyncio.
 - ``odewei.scheduler``: when bytes move. Knows units, budgets, slabs; knows nothing of modules.
 - the modules of this package itself: the model; building it without weights, cutting it into units, hooks, binding.
@@ -18,27 +19,38 @@ from torch import nn
 from odewei.errors import OdeweiError
 from odewei.loaders import open_checkpoint
 from odewei.memory_budget import MemoryBudget
+from odewei.pretrained import from_pretrained, stream_pipeline
+from odewei.profiling import Timeline, profile
 from odewei.report import Report
 from odewei.runtime import find_runtime, runtime_of
+from odewei.throughput import generate_many
+from odewei.throughput import map as map  # not in __all__: a star import keeps Python's own
 from odewei.torch import init_on_demand_weights_model
 from odewei.trace import Trace, load_trace, save_trace, trace
+from odewei.verify import verify
 
 __all__ = [
     "MemoryBudget",
     "OdeweiError",
     "Report",
+    "Timeline",
     "Trace",
     "close",
+    "from_pretrained",
+    "generate_many",
     "init_on_demand_weights_model",
     "load_trace",
     "materialize",
     "open_checkpoint",
+    "profile",
     "report",
     "save_trace",
+    "stream_pipeline",
     "trace",
+    "verify",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def report(model: nn.Module) -> Report:

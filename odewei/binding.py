@@ -25,6 +25,7 @@ from odewei.in_parts import InParts
 from odewei.looked_up import LookedUp
 from odewei.module_binding import ModuleBinding
 from odewei.placeholder import Origin, Placeholder
+from odewei.scheduler.forks import watch
 from odewei.scheduler.rows import RowTable
 from odewei.sliced import Sliced, SlicedWeight
 from odewei.survey import Use, Weight, walk
@@ -54,6 +55,7 @@ class Binder:
         ``tables`` are those that are only looked up, or taken expert by expert; ``device`` is where all are when bound.
         """
         self.lock = threading.RLock()  # one at a time binds
+        watch(self)
         self._access: Callable[[int, FrameType], None] | None = None
         self._release: Callable[[int], None] | None = None
         self._tables = tables
@@ -95,6 +97,10 @@ class Binder:
                 binding = ModuleBinding(module, names, tables, self)
                 binding.install(found)
                 yield name, binding
+
+    def after_fork(self) -> None:
+        """In the child: what another thread was binding stays as it is; whatever is bound is right."""
+        self.lock = threading.RLock()
 
     def connect(self, access: Callable[[int, FrameType], None], release: Callable[[int], None]) -> None:
         """``access`` returns when a unit is resident and leased by this thread for the call that runs in a frame;

@@ -11,6 +11,7 @@
     │   └── WeightMismatchError              shape or dtype of a weight does not fit the model
     ├── ModelError                           the model cannot be built or used without its weights
     │   └── TraceError                       the order of the layers cannot be found out, saved or used
+    ├── MissingPackageError (also ImportError)  an optional package is needed; the message names the extra
     ├── WeightReadError                      reading a weight failed while the model ran; its cause is chained
     └── ClosedError                          the model was closed, or its scheduler thread has died
 
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "ClosedError",
     "CorruptCheckpointError",
+    "MissingPackageError",
     "MissingWeightError",
     "ModelError",
     "OdeweiError",
@@ -111,6 +113,10 @@ class ModelError(OdeweiError):
 
 class TraceError(ModelError):
     """The order of the layers cannot be found out by a dry run, or not be saved, or a saved one not be used."""
+
+
+class MissingPackageError(OdeweiError, ImportError):
+    """A package that is not among odewei's own dependencies is needed for this, and cannot be imported."""
 
 
 class WeightReadError(OdeweiError):

@@ -69,14 +69,14 @@ def find_experts(
     model: nn.Module,
     weights: Sequence[Weight],
     infos: Mapping[str, WeightInfo],
-    cast: Callable[[torch.dtype], torch.dtype],
+    bound: Callable[[WeightInfo], torch.dtype],
 ) -> list[ExpertPlan]:
-    """The modules whose experts can be read one by one, in definition order. ``cast`` gives the dtype that a stored one
-    is handed out in.
+    """The modules whose experts can be read one by one, in definition order. ``bound`` gives the dtype that one is
+    handed out in.
     """
     by_module: dict[str, list[Weight]] = {}
     for weight in weights:
-        if len(weight.uses) == 1 and weight.name in infos and _lies_in_pieces(infos[weight.name], cast):
+        if len(weight.uses) == 1 and weight.name in infos and _lies_in_pieces(infos[weight.name], bound):
             by_module.setdefault(weight.uses[0].module, []).append(weight)
     if not any(len(weight.shape) > 2 for candidates in by_module.values() for weight in candidates):
         return []
@@ -159,14 +159,14 @@ def _plan(
     return plan if count > 1 and _expert_bytes(plan, infos) >= PAGE else None  # less cannot be read by itself
 
 
-def _lies_in_pieces(info: WeightInfo, cast: Callable[[torch.dtype], torch.dtype]) -> bool:
+def _lies_in_pieces(info: WeightInfo, bound: Callable[[WeightInfo], torch.dtype]) -> bool:
     """Whether each place can be read by itself, and lies as well aligned as it is in the whole weight.
 
     The last bits depend on that: in a whole weight whose pieces are no multiples of 64 bytes, few of them are aligned.
     """
     if len(info.shape) < 2 or not lies_in_places(info):
         return False
-    return math.prod(info.shape[1:]) * cast(info.dtype).itemsize % ALIGNMENT == 0
+    return math.prod(info.shape[1:]) * bound(info).itemsize % ALIGNMENT == 0
 
 
 def _expert_bytes(plan: ExpertPlan, infos: Mapping[str, WeightInfo]) -> int:

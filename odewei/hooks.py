@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from odewei.convoy import pass_begins, pass_ends
 from odewei.copies import leave_out, refuse_copy
 from odewei.scheduler.drivers import Driver
 from odewei.scheduler.records import Account
@@ -68,11 +69,13 @@ class _PassHooks:
 
     @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
+        pass_begins(self._account.counters.bytes_read)
         self._driver.enter_pass(self._account, sys._getframe(1))
 
     @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._driver.leave_pass(self._account)
+        pass_ends()
 
 
 class _ExpertHooks:

@@ -14,6 +14,7 @@ from odewei.scheduler.accelerator import Accelerator
 from odewei.scheduler.budget import format_nbytes
 from odewei.scheduler.device_copy import DeviceUnit, HostUnit, Shelf
 from odewei.scheduler.drivers import Driver
+from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.reader import FileTable, UnitReader
 from odewei.scheduler.records import Account
 
@@ -61,6 +62,12 @@ class HostTier:
             unit.host = record
         self._driver.start()
         self._driver.poke()
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of the host's tier, after ``join``."""
+        assert self._driver is not None, "nobody serves the host's tier yet"
+        return self._driver.ledger
 
     def seed(self, order: Sequence[int]) -> None:
         """Expect the units in this order, by their places."""

@@ -49,7 +49,7 @@ class Layout:
         """
         self.tables = find_tables(model, stock.weights, stock.infos) if by_rows else []
         others = [weight for weight in stock.weights if weight not in self.tables]
-        plans = find_experts(model, others, stock.infos, stock.cast)
+        plans = find_experts(model, others, stock.infos, stock.bound)
         fused = [weight for plan in plans for weight in plan.weights]
         self.most_bytes = _with_slack(stock) + slack_bytes(plans, stock.infos)
         self.limit_bytes = budget_for(self.most_bytes)

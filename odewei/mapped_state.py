@@ -69,6 +69,8 @@ class MappedState:
         file = info.span.file
         if isinstance(file, RemoteFile):
             return None
+        if info.span.offset + info.span.nbytes > file.size:
+            return None  # opened with verify="none": touching a page beyond the end would kill the process
         if file not in files:
             files[file] = _map(file)
         count = info.nbytes // info.dtype.itemsize

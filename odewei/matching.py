@@ -104,7 +104,7 @@ def load_buffers(
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
-    for full_name, tensor in _read_buffers(source, wanted, on_missing).items():
+    for full_name, tensor in _read_buffers(source, wanted, dtype, on_missing).items():
         module, name = wanted[full_name]
         built = module._buffers[name]
         assert built is not None
@@ -142,7 +142,7 @@ def move_to(model: nn.Module, device: torch.device) -> None:
 
 
 def _read_buffers(
-    source: WeightsLoader | CallableLoader, wanted: Mapping[str, object], on_missing: str
+    source: WeightsLoader | CallableLoader, wanted: Mapping[str, object], dtype: torch.dtype | None, on_missing: str
 ) -> dict[str, torch.Tensor]:
     if isinstance(source, CallableLoader):
         return dict(source.load("", list(wanted))) if wanted else {}
@@ -154,7 +154,7 @@ def _read_buffers(
             weight=lacking[0],
             cure='Check that checkpoint and model belong together, or pass on_missing="init" to keep buffers as built',
         )
-    return {name: read_tensor(source, info) for name, info in found.items()}
+    return {name: read_tensor(source, info, dtype) for name, info in found.items()}
 
 
 def init_missing(model: nn.Module, missing: Sequence[Weight], dtype: torch.dtype | None) -> None:

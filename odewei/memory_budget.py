@@ -19,7 +19,7 @@ from odewei.scheduler.device_copy import CopyingDriver, SynchronousCopyingDriver
 from odewei.scheduler.device_pool import DevicePool
 from odewei.scheduler.drivers import Driver, SynchronousDriver
 from odewei.scheduler.ledger import Ledger
-from odewei.scheduler.machine import AutoLimit
+from odewei.scheduler.machine import AutoLimit, check_room
 from odewei.scheduler.prefetcher import PrefetchingDriver
 from odewei.scheduler.reader import UnitReader
 from odewei.scheduler.records import Account
@@ -39,10 +39,11 @@ class MemoryBudget:
     can be used again. Models are expected to run in the order in which they were built, until they have run once.
 
     ``nbytes`` is an int, text such as "6GiB", or "auto": what the machine and the process's limits can spare, looked
-    at again while the models run. For models on an accelerator it is of the device's memory, and ``host_budget``, of
-    the same kinds, of the host's: memory, pinned, that weights pass on their way, and that keeps what it can. All
-    models of one object are on one device. Methods may be called from any thread. Raises OptionsError for what cannot
-    work.
+    at again while the models run. Bytes are kept to, whatever happens; if a limit on the process (a control group's,
+    ``ulimit -v``) or the machine itself can never allow them, building a model says so. For models on an accelerator it
+    is of the device's memory, and ``host_budget``, of the same kinds, of the host's: memory, pinned, that weights pass
+    on their way, and that keeps what it can. All models of one object are on one device. Methods may be called from any
+    thread. Raises OptionsError for what cannot work.
     """
 
     def __init__(self, nbytes: int | str = "auto", *, num_readers: int = 4, host_budget: int | str = "auto") -> None:
@@ -131,14 +132,20 @@ class MemoryBudget:
         return self._pool
 
     def expect(self, weight_bytes: int) -> int:
-        """A model with so many bytes of weights is about to join. The budget in bytes. For the runtime of a model."""
+        """A model with so many bytes of weights is about to join. The budget in bytes. For the runtime of a model.
+
+        Raises OptionsError if a limit on this process does not allow what the models would take of the budget.
+        """
         if os.getpid() != self._process:
             raise OptionsError("this MemoryBudget was made in another process", cure="Make one in the forked child")
         with self._lock:
+            others = [] if self._driver is None else list(self._driver.ledger.accounts)
+            most = weight_bytes + sum(account.most_bytes for account in others)
+            used = self._pool.budget.used_bytes
             if self._auto is not None:
-                others = [] if self._driver is None else list(self._driver.ledger.accounts)
-                most = weight_bytes + sum(account.most_bytes for account in others)
-                self._pool.set_limit(max(1, min(most, self._auto.fitting(self._pool.budget.used_bytes))))
+                self._pool.set_limit(max(1, min(most, self._auto.fitting(used))))
+            elif self._host is None:  # of host memory
+                check_room(min(most, self.limit_bytes), used)
             return self.limit_bytes
 
     def join(self, account: Account, units: Sequence[tuple[str, UnitReader]], *, synchronous: bool) -> Driver:

@@ -54,13 +54,17 @@ class Stock:
         return sum(self.sizes.values())
 
     def cast(self, stored: torch.dtype) -> torch.dtype:
-        """The dtype that a stored one is bound in."""
+        """The dtype that a stored one is bound in, where the loader has no wish for the weight."""
         return bound_dtype(stored, self._wanted)
+
+    def bound(self, info: WeightInfo) -> torch.dtype:
+        """The dtype that a weight of the checkpoint, or a part of one, is bound in."""
+        return bound_dtype(info.dtype, self._wanted or info.wanted)
 
     def dtype(self, weight: Weight) -> torch.dtype:
         """The dtype that a weight is bound in, as far as is known before it is loaded."""
         info = self.infos.get(weight.name)
-        return self.cast(weight.dtype if info is None else info.dtype)
+        return self.cast(weight.dtype) if info is None else self.bound(info)
 
     def stride(self, weight: Weight) -> tuple[int, ...] | None:
         """Its strides when bound; None: contiguous."""

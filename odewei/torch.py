@@ -26,6 +26,7 @@ from odewei.loaders import (
     open_checkpoint,
 )
 from odewei.loaders.plain_callable import as_source
+from odewei.loaders.sums import Verify
 from odewei.memory_budget import MemoryBudget
 from odewei.meta_model import build_without_weights
 from odewei.options import Granularity, Options
@@ -70,6 +71,7 @@ def init_on_demand_weights_model(
     num_readers: int = 4,
     enable_preloading: bool = True,
     on_missing: str = "error",
+    verify: Verify = "size",
 ) -> nn.Module:
     """Build a model whose weights are read from a checkpoint when they are needed, ahead of their need.
 
@@ -102,13 +104,15 @@ def init_on_demand_weights_model(
         num_readers: reader threads. More than 4 seldom helps. A shared ``MemoryBudget`` has its own number.
         enable_preloading: False is the same as ``prefetch_depth=0``.
         on_missing: a weight that the checkpoint lacks: "error", or "init" to initialise it as the model would.
+        verify: for a path: "size": files are as long as their headers say; "sha256": and have the sums that are kept
+            beside them, which are compared before the model is built; "none": neither. Loaders have it themselves.
 
     Raises:
         OptionsError, BudgetTooSmallError: a keyword cannot work; the message says what would.
         CheckpointError: the checkpoint is missing, corrupt, unsafe, incomplete or does not fit the model.
         ModelError: the model cannot be built without its weights.
     """
-    source = as_source(weights_loader_fn)
+    source = as_source(weights_loader_fn, verify=verify)
     options = Options.check(
         prefetch_depth=prefetch_depth,
         memory_budget=memory_budget,

@@ -15,13 +15,15 @@ from pathlib import Path
 
 from odewei.errors import CheckpointError, TraceError
 from odewei.loaders.base import CheckpointFile
-from odewei.loaders.file_loader import no_duplicates, open_header
+from odewei.loaders.file_loader import open_header
+from odewei.loaders.json_pairs import no_duplicates
 from odewei.trace_map import LONGEST
 
 __all__ = ["parse_trace", "read_trace", "trace_path", "write_trace"]
 
 _FORMAT, _VERSION = "odewei-trace", 1
 _MAX_NBYTES = 1 << 27
+_MAX_VALUES = 2 * LONGEST + 1024  # before anything is made of them
 _CURE = "Save it again with odewei.save_trace, or delete it"
 
 
@@ -82,6 +84,8 @@ def read_trace(path: Path) -> tuple[str, ...]:
 
 def parse_trace(text: bytes) -> tuple[str, ...]:
     """The order in the content of a file. Pure. Raises ValueError (RecursionError for JSON that is too deep)."""
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise ValueError(f"it has more than {_MAX_VALUES} values")
     found = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
         raise ValueError(f"it does not say format {_FORMAT!r}")

@@ -57,7 +57,7 @@ class UnitReaders:
 
     def _wanted(self, name: str) -> Wanted:
         info = self._infos[name]
-        return Wanted(name, info, self._stock.cast(info.dtype))
+        return Wanted(name, info, self._stock.bound(info))
 
 
 def _is_remote(weight: Wanted) -> bool:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from odewei.demo import needs, real_size
 from odewei.demo.needs import default_cache_dir, need_disk, need_package
+from odewei.demo.plain_llama import plain_model_fn
 from odewei.demo.real_size import RealSizeSettings, run_real_size
 from odewei.demo.real_weights import SENTENCES, run_real_weights
 from odewei.demo.synthetic import LlamaShape, default_dtype, model_fn, write_llama_checkpoint
@@ -254,14 +255,24 @@ class TestRealSize:
         """When the resident model gives other logits than the streamed ones the result says so."""
         load_resident = real_size._load_resident
 
-        def other(*arguments: object) -> torch.nn.Module:
-            model = load_resident(*arguments)
+        def other(model: torch.nn.Module, settings: RealSizeSettings) -> None:
+            load_resident(model, settings)
             model.get_parameter("lm_head.weight").data[0, 0] += 1
-            return model
 
         monkeypatch.setattr(real_size, "_load_resident", other)
         result = run_real_size(self.settings(tmp_path))
         assert not result.equal
+
+
+def test_the_plain_model_is_a_llama(checkpoint: Path) -> None:
+    """It takes the same weights as that of transformers and computes the same, up to rounding."""
+    weights = {name: weight.float() for name, weight in read_weights(checkpoint).items()}
+    plain, other = plain_model_fn(SMALL, torch.float32)(), model_fn(SMALL, torch.float32)()
+    plain.load_state_dict(weights)
+    other.load_state_dict(weights)
+    ids = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 @needs_real_weights

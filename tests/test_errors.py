@@ -280,3 +280,53 @@ def test_a_forked_child_is_told(path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", _FORK, str(path)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, timeout=60, env=environment)
+
+
+_FORKS = """
+import os, signal, sys, threading, torch
+from tests import traps
+from odewei.errors import ClosedError
+from pathlib import Path
+depth = int(sys.argv[2]) if sys.argv[2].isdigit() else sys.argv[2]
+torch.set_num_threads(1)
+ends = {}
+with traps.twins(traps.Blocks, Path(sys.argv[1]), depth) as (model, streamed), torch.no_grad():
+    expected = model(traps.rows(1))
+    stop = threading.Event()
+
+    def work():
+        with torch.no_grad():
+            while not stop.is_set():
+                assert torch.equal(streamed(traps.rows(1)), expected)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(60):
+        child = os.fork()
+        if not child:
+            signal.alarm(20)  # a child that hangs dies of it
+            try:
+                found = streamed(traps.rows(1))
+            except ClosedError as error:
+                os._exit(7 if "forked" in str(error) and "spawn" in str(error) else 8)
+            except BaseException:
+                os._exit(9)
+            os._exit(0 if torch.equal(found, expected) else 10)
+        end = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        ends[end] = ends.get(end, 0) + 1
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(streamed(traps.rows(1)), expected)
+assert set(ends) <= {0, 7}, ends
+print(ends)
+"""
+
+
+@pytest.mark.parametrize("depth", [0, "auto"])
+def test_a_fork_in_the_middle_of_anything(depth: int | str, tmp_path: Path) -> None:
+    """A child forked while threads compute and read is told or is right, and never hangs; the parent goes on."""
+    command = [sys.executable, "-W", "ignore", "-c", _FORKS, str(tmp_path), str(depth)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, timeout=100, env=environment)

@@ -23,6 +23,7 @@ from odewei.loaders import SafetensorsLoader
 from odewei.runtime import runtime_of
 from odewei.sliced import Sliced
 from odewei.survey import survey
+from odewei.torch import init_on_demand_weights_model
 from odewei.units import partition
 from tests import models
 
@@ -739,7 +740,7 @@ def test_what_is_taken_for_experts(build: Callable[[], nn.Module], found: int, t
     """Large weights of which the code takes single places, if these are aligned as in the whole weight."""
     model = models.resident(build)
     infos = SafetensorsLoader(models.save(model, tmp_path / "model.safetensors")).weights()
-    plans = find_experts(model, survey(model), infos, lambda dtype: dtype)
+    plans = find_experts(model, survey(model), infos, lambda info: info.dtype)
     assert len(plans) == found
     if isinstance(model, Odd | Whole):
         with models.streamed(build, tmp_path / "model.safetensors") as streamed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -368,3 +369,15 @@ def test_an_order_can_be_loaded_between_passes(tmp_path: Path) -> None:
         assert torch.equal(streamed(_hidden()), model(_hidden()))
         assert odewei.report(streamed).mispredictions == before
         runtime_of(streamed).driver.ledger.check_invariants()
+
+
+def test_a_saved_order_of_brackets_is_refused_before_anything_is_made_of_it() -> None:
+    """What would be a gigabyte of empty lists is no order, and takes no memory."""
+    text = b'{"modules":[' + b"[]," * 3_000_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="more than 2098176 values"):
+            parse_trace(text)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

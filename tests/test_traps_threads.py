@@ -15,6 +15,7 @@ from torch import nn
 import odewei
 from odewei.runtime import runtime_of
 from tests import models as zoo
+from tests.interrupts import Interrupt, Interrupter
 from tests.traps import DEPTHS, Blocks, assert_same, assert_streams, linears, rows, twins
 
 
@@ -193,3 +194,42 @@ def test_a_pass_within_a_pass(depth: int | str, tmp_path: Path) -> None:
         outer = streamed(rows(4))
         assert zoo.same_bits([outer, *inner], [model(rows(seed)) for seed in (4, 5, 6)])
         assert _leases(streamed) == 0
+
+
+def _interrupted_everywhere(
+    streamed: nn.Module, call: Callable[[], object], check: Callable[[], None], step: int
+) -> tuple[int, int]:
+    """Interrupt a call at each ``step``-th place of the library's code that it comes by; interrupts, and lost ones."""
+    at = fired = lost = 0
+    while True:
+        interrupter = Interrupter(at)
+        try:
+            with interrupter.watching():
+                call()
+            if not interrupter.fired:
+                return fired, lost
+            lost += 1  # in a finalizer, where Python drops every exception
+        except Interrupt as interrupt:
+            interrupt.__traceback__ = None  # it holds the frames of the pass
+            fired += 1
+        check()
+        assert _leases(streamed) == 0, interrupter.where
+        runtime_of(streamed).driver.ledger.check_invariants()
+        at += step
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # those that are lost
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_an_interrupt_anywhere_in_a_pass(depth: int | str, tmp_path: Path) -> None:
+    """A signal's handler that raises at any place of the library leaves no lease, no bytes and no wrong number."""
+    with twins(Blocks, tmp_path, depth) as (model, streamed), torch.no_grad():
+        expected = model(rows(1))
+
+        def check() -> None:
+            assert torch.equal(streamed(rows(1)), expected)
+
+        check()
+        fired, lost = _interrupted_everywhere(streamed, lambda: streamed(rows(0)), check, 211 if depth == 0 else 67)
+        assert fired > 10
+        assert lost <= fired / 5
+        assert_streams(streamed)

@@ -20,7 +20,13 @@ __all__ = ["COMMANDS", "group", "main"]
 # In the order of the help. A command of two words, "a-b", is the module a_b.
 COMMANDS = (
     "demo",
+    "inspect",
+    "plan",
+    "bench",
     "align",
+    "verify",
+    "run",
+    "profile",
 )
 
 

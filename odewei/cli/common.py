@@ -9,34 +9,45 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from odewei.errors import OdeweiError
 from odewei.scheduler.budget import parse_nbytes
 
 __all__ = [
+    "BUDGET",
     "INTERRUPTED",
     "NBYTES",
     "LazyGroup",
     "json_option",
     "mistakes_in_one_line",
+    "plain",
+    "plain_values",
     "print_json",
     "progress_console",
     "result_console",
+    "silent_console",
 ]
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     _ParamType = click.ParamType[int]
 else:  # older versions of click have no type arguments
     _ParamType = click.ParamType
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., object])
+
+_WIDE = 120  # columns
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C: 128 and the number of SIGINT, as shells have it."""
@@ -60,6 +71,24 @@ NBYTES = _Nbytes()
 """The type of an option that is a number of bytes."""
 
 
+class _Budget(_Nbytes):
+    """A memory budget: bytes, or ``auto``."""
+
+    name = "bytes|auto"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto":
+            return value
+        nbytes = super().convert(value, param, ctx)
+        if nbytes == 0:
+            self.fail("a budget of 0 bytes holds nothing", param, ctx)
+        return nbytes
+
+
+BUDGET = _Budget()
+"""The type of an option that is a number of bytes or "auto"."""
+
+
 def json_option(command: _Decorated) -> _Decorated:
     """A decorator: the flag ``--json``, which the command gets as ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, and nothing else.")(
@@ -67,14 +96,32 @@ def json_option(command: _Decorated) -> _Decorated:
     )
 
 
+def plain(text: str) -> str:
+    """Text from a file as it is written in a table: it may look like markup, or hold what moves a terminal's cursor."""
+    return escape("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))
+
+
 def print_json(document: Mapping[str, object] | Sequence[object]) -> None:
     """The one document on stdout of a command that was asked for ``--json``. Raises ValueError for NaN and infinity."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
+def plain_values(result: DataclassInstance) -> dict[str, Any]:
+    """A frozen result as JSON has it: dataclasses and tuples taken apart, paths as text."""
+    found = json.loads(json.dumps(asdict(result), default=str))
+    assert isinstance(found, dict)
+    return found
+
+
 def result_console() -> Console:
-    """Where results are printed for people: stdout."""
-    return Console(highlight=False)
+    """Where results are printed for people: stdout. A file or a pipe is wider than rich believes."""
+    console = Console(highlight=False)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_WIDE)
+
+
+def silent_console() -> Console:
+    """Where results for people go when JSON was asked for: nowhere."""
+    return Console(quiet=True)
 
 
 def progress_console() -> Console:

@@ -7,7 +7,15 @@ from typing import Literal
 
 import click
 
-from odewei.cli.common import NBYTES
+from odewei.cli.common import (
+    NBYTES,
+    json_option,
+    plain_values,
+    print_json,
+    progress_console,
+    result_console,
+    silent_console,
+)
 from odewei.demo.needs import default_cache_dir
 
 __all__ = ["command"]
@@ -26,6 +34,7 @@ __all__ = ["command"]
 @click.option("--tokens", type=click.IntRange(1, 4096), default=64, show_default=True, help="Tokens a pass.")
 @click.option("--passes", type=click.IntRange(1), default=3, show_default=True, help="Measured passes a mode.")
 @click.option("--only", type=click.Choice(["real-weights", "real-size"]), help="One of the two parts.")
+@json_option
 @click.pass_context
 def command(
     context: click.Context,
@@ -36,9 +45,14 @@ def command(
     tokens: int,
     passes: int,
     only: Literal["real-weights", "real-size"] | None,
+    as_json: bool,
 ) -> None:
     """Real weights and a real size: streamed and resident, side by side."""
     from odewei.demo.show import DemoSettings, run_demo
 
-    equal = run_demo(DemoSettings(cache_dir, size, budget, io, tokens, passes, only))
-    context.exit(0 if equal else 1)
+    settings = DemoSettings(cache_dir, size, budget, io, tokens, passes, only)
+    console = silent_console() if as_json else result_console()
+    result = run_demo(settings, console, progress_console())
+    if as_json:
+        print_json(plain_values(result) | {"equal": result.equal})
+    context.exit(0 if result.equal else 1)

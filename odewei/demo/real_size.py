@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -97,14 +98,24 @@ class _Passes:
         return ModeFigures(self.mode, self.first_seconds, self.seconds, self.read_bytes, self.peak_bytes, equal)
 
 
-def run_real_size(settings: RealSizeSettings, announce: Callable[[str], None] = lambda _: None) -> RealSizeResult:
+def run_real_size(
+    settings: RealSizeSettings,
+    announce: Callable[[str], None] = lambda _: None,
+    *,
+    build: _Build | None = None,
+    without_init: Callable[[], AbstractContextManager[object]] | None = None,
+) -> RealSizeResult:
     """Run all modes; ``announce`` is told what comes next. The checkpoint has to be there, and is only read.
 
-    Raises OdeweiError when transformers is not installed or the checkpoint or the budget cannot be used.
+    ``build`` makes the model, ``without_init`` has it draw no random weights; by default it is that of transformers.
+    Raises OdeweiError when transformers is needed and not installed, or checkpoint or budget cannot be used.
     """
-    need_package("transformers", 'Install it with: pip install "odewei[hf]"')
     weights_bytes = settings.shape.nbytes()
-    build = model_fn(settings.shape)  # imports transformers, which is no part of any mode's time
+    if build is None or without_init is None:  # imports are no part of any mode's time
+        need_package("transformers", 'Install it with: pip install "odewei[hf]"')
+        from transformers.initialization import no_init_weights
+
+        build, without_init = model_fn(settings.shape), no_init_weights
     announce("streamed, without prefetch")
     runs = [_streamed(build, settings, "streamed, no prefetch", prefetch_depth=0)]
     announce("streamed, with prefetch")
@@ -114,7 +125,7 @@ def run_real_size(settings: RealSizeSettings, announce: Callable[[str], None] = 
     reference = None
     if skipped is None:
         announce("resident")
-        runs.append(_resident(build, settings, weights_bytes))
+        runs.append(_resident(build, without_init, settings, weights_bytes))
         reference = runs[-1].logits[0]
     modes = tuple(run.compared_with(reference) for run in runs)
     return RealSizeResult(settings, weights_bytes, modes, report, skipped)
@@ -158,24 +169,27 @@ def _streamed(
     )
 
 
-def _resident(build: _Build, settings: RealSizeSettings, weights_bytes: int) -> _Passes:
+def _resident(
+    build: _Build,
+    without_init: Callable[[], AbstractContextManager[object]],
+    settings: RealSizeSettings,
+    weights_bytes: int,
+) -> _Passes:
     start = time.perf_counter()
-    model = _load_resident(build, settings)
+    with without_init():
+        model = build()
+    _load_resident(model, settings)
     first = _forward(model, settings)
     first_seconds = time.perf_counter() - start
     seconds, more = _measure(model, settings)
     return _Passes("resident", first_seconds, seconds, (first, *more), read_bytes=0, peak_bytes=weights_bytes)
 
 
-def _load_resident(build: _Build, settings: RealSizeSettings) -> torch.nn.Module:
-    """The model as without odewei: built without drawing random weights, then given the checkpoint's, file by file.
+def _load_resident(model: torch.nn.Module, settings: RealSizeSettings) -> None:
+    """The model as without odewei: given the checkpoint's weights, file by file.
 
     Weights are cloned: torch aligns its own memory, and the last bits that kernels give depend on that.
     """
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        model = build()
     missing = set(settings.shape.weights)
     for path in sorted(settings.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -183,7 +197,6 @@ def _load_resident(build: _Build, settings: RealSizeSettings) -> torch.nn.Module
         model.load_state_dict(weights, strict=False, assign=True)
         missing -= weights.keys()
     assert not missing, missing
-    return model
 
 
 def _measure(model: torch.nn.Module, settings: RealSizeSettings) -> tuple[tuple[float, ...], list[torch.Tensor]]:

@@ -17,7 +17,7 @@ from odewei.demo.real_weights import RealWeightsResult, run_real_weights
 from odewei.demo.synthetic import LlamaShape, write_llama_checkpoint
 from odewei.scheduler.budget import format_nbytes
 
-__all__ = ["DemoSettings", "run_demo"]
+__all__ = ["DemoResult", "DemoSettings", "run_demo", "write_with_bar"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +33,32 @@ class DemoSettings:
     only: Literal["real-weights", "real-size"] | None
 
 
-def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
-    """Run and print. True when everything that was compared had equal bits. Raises OdeweiError."""
-    console = console or Console(highlight=False)
-    equal = True
-    if settings.only != "real-size":
-        equal &= _run_real_weights(console)
-    if settings.only != "real-weights":
-        equal &= _run_real_size(console, settings)
-    return equal
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What the parts that ran gave."""
+
+    real_weights: RealWeightsResult | None
+    real_size: RealSizeResult | None
+
+    @property
+    def equal(self) -> bool:
+        """True when everything that was compared had equal bits."""
+        return all(part.equal for part in (self.real_weights, self.real_size) if part is not None)
 
 
-def _run_real_weights(console: Console) -> bool:
+def run_demo(settings: DemoSettings, console: Console, progress: Console) -> DemoResult:
+    """Run, print results on ``console`` and what is going on on ``progress``. Raises OdeweiError."""
+    real_weights = _run_real_weights(console, progress) if settings.only != "real-size" else None
+    real_size = _run_real_size(console, progress, settings) if settings.only != "real-weights" else None
+    return DemoResult(real_weights, real_size)
+
+
+def _run_real_weights(console: Console, progress: Console) -> RealWeightsResult:
     console.rule("Real weights")
-    with console.status("embedding sentences, streamed and resident"):
+    with progress.status("embedding sentences, streamed and resident"):
         result = run_real_weights()
     _print_real_weights(console, result)
-    return result.equal
+    return result
 
 
 def _print_real_weights(console: Console, result: RealWeightsResult) -> None:
@@ -64,12 +73,17 @@ def _print_real_weights(console: Console, result: RealWeightsResult) -> None:
     _print_verdict(console, result.equal, "embeddings")
 
 
-def _run_real_size(console: Console, settings: DemoSettings) -> bool:
+def write_with_bar(cache_dir: Path, shape: LlamaShape, progress: Console) -> tuple[Path, bool]:
+    """The checkpoint of this shape, written if it is not there yet; its folder, and whether it was written."""
+    folder = cache_dir / f"{shape.name}-bf16"
+    with _writing(progress, shape.nbytes()) as tell:
+        return folder, write_llama_checkpoint(folder, shape, progress=tell)
+
+
+def _run_real_size(console: Console, progress: Console, settings: DemoSettings) -> RealSizeResult:
     console.rule("A real size")
     shape = LlamaShape.near(settings.size_bytes)
-    folder = settings.cache_dir / f"{shape.name}-bf16"
-    with _writing(console, shape.nbytes()) as progress:
-        written = write_llama_checkpoint(folder, shape, progress=progress)
+    folder, written = write_with_bar(settings.cache_dir, shape, progress)
     size = format_nbytes(shape.nbytes())
     console.print(f"{'wrote' if written else 'found'} a checkpoint of {size}: {folder}", soft_wrap=True)
     run = RealSizeSettings(
@@ -80,10 +94,10 @@ def _run_real_size(console: Console, settings: DemoSettings) -> bool:
         tokens=settings.tokens,
         passes=settings.passes,
     )
-    with console.status("starting") as status:
+    with progress.status("starting") as status:
         result = run_real_size(run, announce=lambda mode: status.update(f"running {mode}"))
     _print_real_size(console, result)
-    return result.equal
+    return result
 
 
 @contextmanager

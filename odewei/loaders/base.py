@@ -29,8 +29,8 @@ __all__ = ["CheckpointFile", "Span", "WeightInfo", "WeightPart", "WeightsLoader"
 class CheckpointFile:
     """A file as it was when its header was read, so that a change under a running model is noticed.
 
-    ``size`` is in bytes, ``mtime_ns`` in nanoseconds since the epoch. A remote one is a ``RemoteFile``, which cannot be
-    opened but reads.
+    ``size`` is in bytes, ``mtime_ns`` in nanoseconds since the epoch; ``path`` is absolute. A remote one is a
+    ``RemoteFile``, which cannot be opened but reads.
     """
 
     path: AnyPath
@@ -57,7 +57,7 @@ class CheckpointFile:
             ) from error
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"a file of the checkpoint cannot be looked at: {error}",
+                f"a file of the checkpoint cannot be looked at: {getattr(error, 'strerror', None) or error}",
                 file=str(path),
                 cure="Check the path, and that this user may read it",
             ) from error
@@ -73,18 +73,31 @@ class CheckpointFile:
                 file=str(path),
                 cure="Copy the weights into a file first",
             )
-        return cls(path, found.st_size, found.st_mtime_ns, found.st_ino)
+        return cls(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
 
     def check_unchanged(self, fd: int, *, weight: str | None = None) -> None:
-        """Raise WeightReadError (naming ``weight``) if the open file ``fd`` is not the file whose header was read."""
+        """Raise WeightReadError (naming ``weight``) if the open file ``fd`` is not the file whose header was read, or
+        is not at its path any more: then another one may be there, with which the files still to be opened belong.
+        """
         now = os.fstat(fd)
         if (now.st_size, now.st_mtime_ns, now.st_ino) != (self.size, self.mtime_ns, self.inode):
-            raise WeightReadError(
-                f"the file was changed while the model was using it ({self.size} bytes then, {now.st_size} now)",
-                weight=weight,
-                file=str(self.path),
-                cure="Put the original file back, or build the model again from the new one",
+            raise self._changed(
+                f"changed while the model was using it ({self.size} bytes then, {now.st_size} now)", weight
             )
+        try:
+            there = os.stat(self.path)
+        except OSError as error:
+            raise self._changed(f"taken away while the model was using it ({error.strerror})", weight) from error
+        if there.st_ino != self.inode:
+            raise self._changed("replaced by another one while the model was using it", weight)
+
+    def _changed(self, how: str, weight: str | None) -> WeightReadError:
+        return WeightReadError(
+            f"the file was {how}",
+            weight=weight,
+            file=str(self.path),
+            cure="Put the original file back, or build the model again from the new one",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +118,8 @@ class WeightInfo:
     ``name`` is the checkpoint's, also where a loader has the weight under another.
 
     A weight that is gathered from several has ``parts``, no span and no stride; the parts fill it, each element once.
+    ``wanted`` is the dtype that this weight is to be cast to, where the loader knows it of each by itself; it counts
+    where neither the ``dtype`` of the model's options nor that of the loader is given.
     """
 
     name: str
@@ -113,6 +128,7 @@ class WeightInfo:
     span: Span | None
     stride: tuple[int, ...] | None = None
     parts: tuple[WeightPart, ...] = ()
+    wanted: torch.dtype | None = None
 
     @property
     def file(self) -> str | None:

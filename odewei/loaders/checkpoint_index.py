@@ -6,7 +6,6 @@ anything is opened. A symbolic link that lies in the folder is followed; the cac
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +14,16 @@ from typing import NoReturn
 
 from odewei.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError
 from odewei.loaders.base import CheckpointFile
-from odewei.loaders.file_loader import no_duplicates, open_header
+from odewei.loaders.file_loader import open_header
+from odewei.loaders.json_pairs import JsonText
 from odewei.loaders.remote_path import AnyPath, as_place, is_url
 
 __all__ = ["CheckpointIndex", "check_shard_name", "parse_index", "read_index"]
 
-_MAX_INDEX_NBYTES = 1_000_000_000
+_MAX_INDEX_NBYTES = 100_000_000
+_MAX_KEYS = 1000
+_MAX_SHARD_NAME = 1000
+_MAX_VALUE_NBYTES = 1 << 20  # of what is beside the mapping: it is read over
 _CURE = "Download the index again"
 
 
@@ -59,36 +62,70 @@ def read_index(
 
     Raises CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError.
     """
-    file = CheckpointFile.stat(as_place(path))
+    place = as_place(path)
+    file = CheckpointFile.stat(place)
     if file.size > _MAX_INDEX_NBYTES:
         raise CorruptCheckpointError(
             f"an index of {file.size} bytes is no index", file=str(path), cure="Name the *.index.json file"
         )
     with open_header(file) as stream:
         text = stream.read()
-    return parse_index(text, file.path, as_place(weights_dir), weights_mapping_key)
+    return parse_index(text, place, as_place(weights_dir), weights_mapping_key)
 
 
 def parse_index(text: bytes, path: AnyPath, weights_dir: AnyPath, weights_mapping_key: str) -> CheckpointIndex:
     """The index in ``text``; ``path`` is for messages. Pure."""
+    keys: list[str] = []
+    shards: dict[str, AnyPath] | None = None
     try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+        found = JsonText(text)
+        if not found.is_at(b"{"):
+            _refuse(path, f"the index is a JSON {_kind(found)}, not an object")
+        for key in found.pairs():
+            if key in keys or len(keys) == _MAX_KEYS:
+                raise ValueError(f"the name {key[:200]!r} occurs twice, or is one of more than {_MAX_KEYS}")
+            keys.append(key)
+            if key != weights_mapping_key:
+                found.value(_MAX_VALUE_NBYTES)
+            elif not found.is_at(b"{"):
+                _refuse(path, f"{weights_mapping_key!r} of the index is a {_kind(found)}, not an object")
+            else:
+                shards = _shards(found, path, weights_dir)
+        found.end()
     except (ValueError, RecursionError) as error:
         _refuse(path, f"the index is not JSON that can be trusted: {error}", cause=error)
-    if not isinstance(found, dict):
-        _refuse(path, f"the index is a JSON {type(found).__name__}, not an object")
-    if weights_mapping_key not in found:
-        keys = ", ".join(repr(key) for key in list(found)[:10])
-        cure = f"Name the right key as weights_mapping_key (the index has: {keys or 'none'}), or download it again"
+    if shards is None:
+        names = ", ".join(map(repr, keys[:10])) or "none"
+        cure = f"Name the right key as weights_mapping_key (the index has: {names}), or download it again"
         _refuse(path, f"the index has no {weights_mapping_key!r}", cure=cure)
-    mapping = found[weights_mapping_key]
-    if not isinstance(mapping, dict):
-        _refuse(path, f"{weights_mapping_key!r} of the index is a {type(mapping).__name__}, not an object")
+    return CheckpointIndex(path, shards)
+
+
+def _shards(found: JsonText, path: AnyPath, weights_dir: AnyPath) -> dict[str, AnyPath]:
+    """The mapping of weights to files; each name of a file is checked, and kept once."""
     checked: dict[str, AnyPath] = {}
-    for shard in set(_strings(mapping, path)):
-        check_shard_name(shard, index=path)
-        checked[shard] = weights_dir / shard
-    return CheckpointIndex(path, {weight: checked[shard] for weight, shard in mapping.items()})
+    shards: dict[str, AnyPath] = {}
+    for weight in found.pairs():
+        if weight in shards:
+            raise ValueError(f"the name {weight[:200]!r} occurs twice")
+        if not found.is_at(b'"'):
+            raise CorruptCheckpointError(
+                f"the index maps a weight to a {_kind(found)} instead of the name of a file",
+                weight=weight,
+                file=str(path),
+                cure=_CURE,
+            )
+        shard = found.string()
+        if shard not in checked:
+            check_shard_name(shard, index=path)
+            checked[shard] = weights_dir / shard
+        shards[weight] = checked[shard]
+    return shards
+
+
+def _kind(found: JsonText) -> str:
+    """What Python calls the value that comes next."""
+    return type(found.value(_MAX_VALUE_NBYTES)).__name__
 
 
 def check_shard_name(name: str, *, index: AnyPath) -> None:
@@ -103,7 +140,7 @@ def check_shard_name(name: str, *, index: AnyPath) -> None:
         what = "leads to a place of its own"
     elif ".." in windows.parts:
         what = "leads out of its folder"
-    elif "\0" in name or not windows.parts:
+    elif "\0" in name or not windows.parts or len(name) > _MAX_SHARD_NAME:
         _refuse(index, f"shard name {name[:200]!r} is no name of a file")
     else:
         return
@@ -113,20 +150,6 @@ def check_shard_name(name: str, *, index: AnyPath) -> None:
         cure="Do not use this checkpoint unless you trust it; if you do, put its shards into one folder and name "
         "them in the index by their plain names",
     )
-
-
-def _strings(mapping: dict[str, object], path: AnyPath) -> list[str]:
-    names: list[str] = []
-    for weight, shard in mapping.items():
-        if not isinstance(shard, str):
-            raise CorruptCheckpointError(
-                f"the index maps a weight to a {type(shard).__name__} instead of the name of a file",
-                weight=weight,
-                file=str(path),
-                cure=_CURE,
-            )
-        names.append(shard)
-    return names
 
 
 def _refuse(path: AnyPath, problem: str, *, cure: str = _CURE, cause: Exception | None = None) -> NoReturn:

@@ -19,13 +19,14 @@ from typing import BinaryIO
 
 import torch
 
-from odewei.errors import CheckpointError, WeightReadError
+from odewei.errors import CheckpointError, OptionsError, WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightInfo, WeightsLoader
 from odewei.loaders.names import Rename
 from odewei.loaders.remote_file import RemoteFile, RemoteStream
-from odewei.loaders.remote_path import RemoteOptions, as_place
+from odewei.loaders.remote_path import AnyPath, RemoteOptions, as_place
+from odewei.loaders.sums import Verify, as_verify, check_sum
 
-__all__ = ["FileLoader", "no_duplicates", "open_again", "open_header", "read_span"]
+__all__ = ["FileLoader", "open_again", "open_header", "read_span"]
 
 _EIO_TRIES = 3
 _REMOTE_BUFFER_NBYTES = 1 << 18  # what is asked for to read a header
@@ -71,18 +72,6 @@ def open_again(file: CheckpointFile, weight: str) -> Iterator[BinaryIO]:
             file=str(file.path),
             cure="Put the file back",
         ) from error
-
-
-def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """For ``json.loads(object_pairs_hook=...)``: a name that occurs twice is a ValueError, not its last value."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"the name {name[:200]!r} occurs twice")
-            seen.add(name)
-    return found
 
 
 def read_span(info: WeightInfo, buffer: memoryview) -> None:
@@ -145,6 +134,14 @@ class FileLoader(WeightsLoader):
 
     Copies and pickles keep the headers that were read, so that they too notice a file that has changed since. A
     ``rename`` that cannot be pickled (a lambda) keeps the loader from it.
+
+    ``verify`` is how far files are trusted. "size", the default: each must be as long as its headers say. "sha256":
+    before anything of a file is used, its SHA-256 is compared with the one kept beside it (``odewei.loaders.sums`` says
+    where), once a process; a wrong sum is a CorruptCheckpointError, no sum a CheckpointError. All this happens when the
+    headers are read, and takes as long as reading the checkpoint once. "none": a file may end too early or too late,
+    and a weight that is not all there is a WeightReadError when it is read. Whatever else is checked always is.
+    Archives (.npz, torch's files) say themselves where they end, so that "none" changes nothing for them. A remote file
+    cannot have "sha256" (OptionsError): that would be to download all of it before the first use.
     """
 
     def __init__(
@@ -157,9 +154,17 @@ class FileLoader(WeightsLoader):
         prefix: str = "",
         storage_options: Mapping[str, object] | None = None,
         remote: RemoteOptions | None = None,
+        verify: Verify = "size",
     ) -> None:
         super().__init__(device=device, dtype=dtype, rename=rename, prefix=prefix)
+        self.verify = as_verify(verify)
         self.path = as_place(path, storage_options, remote)
+        if self.verify == "sha256" and not isinstance(self.path, Path):
+            raise OptionsError(
+                "verify='sha256' is for local files: a remote one would have to be read as a whole before it is used",
+                file=str(self.path),
+                cure="Use verify='size', or download the checkpoint and open the copy",
+            )
         self._check_path()
         self._weights: dict[str, WeightInfo] | None = None
         self._lock = threading.Lock()
@@ -171,6 +176,13 @@ class FileLoader(WeightsLoader):
     def _check_path(self) -> None:
         """Raise CheckpointNotFoundError or CheckpointError if ``path`` cannot be one of a checkpoint."""
         CheckpointFile.stat(self.path)
+
+    def _file(self, path: AnyPath) -> CheckpointFile:
+        """The file at ``path``, fit to be read as far as ``verify`` can tell. Raises CheckpointError."""
+        file = CheckpointFile.stat(path)
+        if self.verify == "sha256":
+            check_sum(file)
+        return file
 
     @abstractmethod
     def _read_headers(self) -> dict[str, WeightInfo]:

@@ -179,7 +179,7 @@ def cut_places(info: WeightInfo) -> list[WeightInfo]:
         if part.source.nbytes:
             parts[part.offset // step].append(replace(part, offset=part.offset % step))
     return [
-        WeightInfo(f"{info.name}[{place}]", info.dtype, info.shape[1:], span, None, tuple(parts[place]))
+        WeightInfo(f"{info.name}[{place}]", info.dtype, info.shape[1:], span, None, tuple(parts[place]), info.wanted)
         for place, span in enumerate(spans)
     ]
 

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, NoReturn
 
@@ -28,6 +28,7 @@ from odewei.loaders.gguf_rows import places as row_places
 from odewei.loaders.gguf_stored import OTHERS, PLAIN, QUANTISED, Stored, dequantiser
 from odewei.loaders.names import Rename
 from odewei.loaders.remote_path import RemoteOptions
+from odewei.loaders.sums import Verify
 
 __all__ = ["PLAIN", "QUANTISED", "GgufLoader"]
 
@@ -74,6 +75,7 @@ class GgufLoader(FileLoader):
         prefix: str = "",
         storage_options: Mapping[str, object] | None = None,
         remote: RemoteOptions | None = None,
+        verify: Verify = "size",
     ) -> None:
         super().__init__(
             path,
@@ -83,12 +85,13 @@ class GgufLoader(FileLoader):
             prefix=prefix,
             storage_options=storage_options,
             remote=remote,
+            verify=verify,
         )
         self.turn_rows = turn_rows
 
     def _read_headers(self) -> dict[str, WeightInfo]:
         self._stored: dict[str, Stored] = {}
-        file = CheckpointFile.stat(self.path)
+        file = self._file(self.path)
         with open_header(file) as stream:
             try:
                 header = _Header(stream, file)
@@ -98,6 +101,7 @@ class GgufLoader(FileLoader):
         found = {tensor.name: self._weight(tensor, data_start, header, file) for tensor in tensors}
         if len(found) != len(tensors):
             _refuse(file, "two tensors have the same name")
+        self._check_disjoint(found.values(), file)
         if any(stored.kind in QUANTISED for stored in self._stored.values()):
             dequantiser(str(self.path))
         if header.architecture in UNTURNED and self.turn_rows:
@@ -108,6 +112,15 @@ class GgufLoader(FileLoader):
                 header.architecture,
             )
         return found
+
+    def _check_disjoint(self, infos: Iterable[WeightInfo], file: CheckpointFile) -> None:
+        """Refuse tensors that share bytes, which would let a small file have weights of any size."""
+        end, before = 0, ""
+        spans = [(info.span or self._stored[info.name].raw, info.name) for info in infos]
+        for span, name in sorted(spans, key=lambda one: (one[0].offset, one[0].nbytes)):
+            if span.nbytes and span.offset < end:
+                _refuse(file, f"the tensor overlaps {before!r}", weight=name)
+            end, before = max(end, span.offset + span.nbytes), name
 
     def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
         if info.span is not None:
@@ -149,7 +162,7 @@ class GgufLoader(FileLoader):
                 _refuse(file, f"{what} of shape {tensor.shape} has rows of no whole blocks", weight=tensor.name)
             nbytes = count // block * block_nbytes
         span = Span(file, data_start + tensor.offset, nbytes)
-        if span.offset + nbytes > file.size:
+        if span.offset + nbytes > file.size and self.verify != "none":
             end = span.offset + nbytes
             _refuse(file, f"the tensor ends at {end}, the file at {file.size}: it is truncated", weight=tensor.name)
         heads = self._heads(tensor, header, file)
@@ -184,6 +197,7 @@ class _Header:
         self._file = file
         self._end = min(file.size, _MAX_HEADER_NBYTES)
         self._alignment = 32
+        self._keys: set[str] = set()
         self.architecture = ""  # as the metadata says
         self.head_counts: dict[str, tuple[int, ...]] = {}  # one number, or one a layer
 
@@ -201,11 +215,15 @@ class _Header:
             _refuse(self._file, f"the header claims {tensors} tensors and {entries} entries of metadata")
         for _ in range(entries):
             self._entry()
+        self._keys.clear()
         found = [self._tensor() for _ in range(tensors)]
         return -(-self._stream.tell() // self._alignment) * self._alignment, found
 
     def _entry(self) -> None:
         key, kind = self._text(), self._number("I")
+        if key in self._keys:
+            _refuse(self._file, f"the metadata has {key[:200]!r} twice")
+        self._keys.add(key)
         if key == "general.architecture" and kind == _STRING:
             self.architecture = self._text()
             return

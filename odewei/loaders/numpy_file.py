@@ -29,7 +29,7 @@ from odewei.loaders.file_loader import FileLoader, open_again, open_header, read
 from odewei.loaders.tensors import contiguous_stride
 from odewei.loaders.zip_members import MAX_DEFLATE_RATIO, check_disjoint, data_offset, inflate
 
-__all__ = ["NUMPY_DTYPES", "NumpyLoader"]
+__all__ = ["NUMPY_DTYPES", "NumpyLoader", "arrays_in"]
 
 NUMPY_DTYPES: dict[str, torch.dtype] = {
     "b1": torch.bool,
@@ -50,6 +50,8 @@ NUMPY_DTYPES: dict[str, torch.dtype] = {
 """What NumPy calls the dtypes that torch has too, without the byte order."""
 
 _MAGIC = b"\x93NUMPY"
+_ARCHIVE = (b"PK\x03\x04", b"PK\x05\x06")  # zipfile would look for one anywhere in a file
+_UNREADABLE = 0x61  # encrypted in one way or another, or a patch
 _MAX_HEADER_NBYTES = 10_000  # as in NumPy: longer ones could make the parser of Python overflow its stack
 _HEAD_NBYTES = _MAX_HEADER_NBYTES + 12
 _MAX_COUNT = 2**63 - 1
@@ -94,11 +96,14 @@ class NumpyLoader(FileLoader):
     def _read_headers(self) -> dict[str, WeightInfo]:
         self._packed: dict[str, _Packed] = {}
         if isinstance(self.path, Path) and self.path.is_dir():
-            paths = sorted(path for path in self.path.iterdir() if path.name.lower().endswith(".npy"))
-            return {path.name[:-4]: self._one(path.name[:-4], CheckpointFile.stat(path)) for path in paths}
-        file = CheckpointFile.stat(self.path)
+            return {path.name[:-4]: self._one(path.name[:-4], self._file(path)) for path in arrays_in(self.path)}
+        file = self._file(self.path)
         with open_header(file) as stream:
-            if stream.read(len(_MAGIC)) != _MAGIC:
+            begin = stream.read(len(_MAGIC))
+            if begin != _MAGIC:
+                if not begin.startswith(_ARCHIVE):
+                    what = f"this is no archive of NumPy (it has {file.size} bytes), and no array; it was not read"
+                    _refuse(what, None, str(self.path))
                 return {info.name: info for info in self._members(stream, file)}
         return {self.path.stem: self._one(self.path.stem, file)}
 
@@ -121,13 +126,13 @@ class NumpyLoader(FileLoader):
         """The array that is all of ``file``."""
         with open_header(file) as stream:
             array = parse_header(stream.read(_HEAD_NBYTES), weight=name, file=str(file.path))
-        return self._plain(name, array, Span(file, 0, file.size))
+        return self._plain(name, array, Span(file, 0, file.size), is_whole=self.verify != "none")
 
     def _members(self, stream: BinaryIO, file: CheckpointFile) -> Iterator[WeightInfo]:
         """The arrays of an archive."""
         try:
             with zipfile.ZipFile(stream) as archive:
-                members = [member for member in archive.infolist() if not member.is_dir()]
+                members = [member for member in archive.infolist() if not member.filename.endswith("/")]
                 placed = [(member, data_offset(member, stream, file.size)) for member in members]
                 check_disjoint(placed)
                 names = [member.filename.removesuffix(".npy") for member in members]
@@ -144,7 +149,7 @@ class NumpyLoader(FileLoader):
 
     def _member(self, member: zipfile.ZipInfo, raw: Span, stream: BinaryIO) -> WeightInfo:
         name, path = member.filename.removesuffix(".npy"), str(raw.file.path)
-        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        if member.flag_bits & _UNREADABLE or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             problem = "the entry is encrypted, or compressed in a way that NumPy does not use"
             raise CheckpointError(problem, weight=name, file=path, cure="Save it with numpy.savez")
         stream.seek(raw.offset)
@@ -165,15 +170,21 @@ class NumpyLoader(FileLoader):
         self._packed[name] = _Packed(raw, array.swap, array.header_nbytes, member.file_size, member.CRC)
         return info
 
-    def _plain(self, name: str, array: _Array, whole: Span) -> WeightInfo:
+    def _plain(self, name: str, array: _Array, whole: Span, *, is_whole: bool = True) -> WeightInfo:
         """The weight of an array that lies with its header, and nothing else, in ``whole``."""
         info = _info(name, array, None)
-        _check_length(array, info, whole.nbytes, str(whole.file.path))
+        if is_whole:
+            _check_length(array, info, whole.nbytes, str(whole.file.path))
         span = Span(whole.file, whole.offset + array.header_nbytes, info.nbytes)
         if array.swap is None:
             return _info(name, array, span)
         self._packed[name] = _Packed(span, array.swap, array.header_nbytes, 0, 0)
         return info
+
+
+def arrays_in(folder: Path) -> list[Path]:
+    """The .npy files of a folder, in the order of their names."""
+    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(".npy"))
 
 
 def parse_header(head: bytes, *, weight: str, file: str) -> _Array:
@@ -291,5 +302,5 @@ def _inflate_into(packed: _Packed, buffer: memoryview, weight: str) -> None:
             ) from error
 
 
-def _refuse(problem: str, weight: str, file: str, *, cause: Exception | None = None) -> NoReturn:
+def _refuse(problem: str, weight: str | None, file: str, *, cause: Exception | None = None) -> NoReturn:
     raise CorruptCheckpointError(problem, weight=weight, file=file, cure=_CURE) from cause

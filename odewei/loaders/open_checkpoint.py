@@ -15,17 +15,18 @@ from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.remote_file import list_folder
 from odewei.loaders.remote_path import AnyPath, RemoteOptions, RemotePath, as_place
 from odewei.loaders.sharded import TORCH_SUFFIXES, ShardedWeightsLoader, is_weights_file, open_weights_file
+from odewei.loaders.sums import Verify
 
-__all__ = ["open_checkpoint"]
+__all__ = ["INDEX_SUFFIX", "choose", "open_checkpoint"]
 
-_INDEX = ".index.json"
+INDEX_SUFFIX = ".index.json"
 _USUAL_NAMES = (
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-_ONLY_ONE_OF = ((_INDEX,), (".safetensors",), TORCH_SUFFIXES, (".npz",), (".gguf",))
+_ONLY_ONE_OF = ((INDEX_SUFFIX,), (".safetensors",), TORCH_SUFFIXES, (".npz",), (".gguf",))
 _ARRAYS = ".npy"
 
 
@@ -38,30 +39,41 @@ def open_checkpoint(
     prefix: str = "",
     storage_options: Mapping[str, object] | None = None,
     remote: RemoteOptions | None = None,
+    verify: Verify = "size",
 ) -> WeightsLoader:
     """The loader for a file that ``open_weights_file`` reads, an .index.json, or the checkpoint in a folder.
 
     In a folder the usual names of model hubs come first, safetensors before pickles and an index before a single file;
     then the only index, the only safetensors file, the only torch file, the only .npz file, the only .gguf file; then
     all .npy files together (local ones only). A URL whose last name has none of the known endings is a folder.
-    ``rename`` and ``prefix`` are the loader's; ``storage_options`` and ``remote`` are for URLs. Raises
-    CheckpointNotFoundError, and CheckpointError where several files fit.
+    ``rename``, ``prefix`` and ``verify`` are the loader's (see ``FileLoader``); ``storage_options`` and ``remote`` are
+    for URLs. Raises CheckpointNotFoundError, and CheckpointError where several files fit.
     """
-    chosen = as_place(path, storage_options, remote)
-    if isinstance(chosen, RemotePath):
-        if not (chosen.name.endswith(_INDEX) or is_weights_file(chosen)):
-            chosen = _choose_remote(chosen)
-    elif chosen.is_dir():
-        chosen = _choose(chosen)
-    if chosen.name.endswith(_INDEX):
-        return ShardedWeightsLoader(chosen, chosen.parent, device=device, dtype=dtype, rename=rename, prefix=prefix)
+    place = as_place(path, storage_options, remote)
+    if isinstance(place, Path):
+        chosen: AnyPath = choose(place)
+    elif place.name.endswith(INDEX_SUFFIX) or is_weights_file(place):
+        chosen = place
+    else:
+        chosen = _choose_remote(place)
+    if chosen.name.endswith(INDEX_SUFFIX):
+        return ShardedWeightsLoader(
+            chosen, chosen.parent, device=device, dtype=dtype, rename=rename, prefix=prefix, verify=verify
+        )
     if isinstance(chosen, Path) and chosen.is_dir():
-        return NumpyLoader(chosen, device=device, dtype=dtype, rename=rename, prefix=prefix)
-    return open_weights_file(chosen, device=device, dtype=dtype, rename=rename, prefix=prefix)
+        return NumpyLoader(chosen, device=device, dtype=dtype, rename=rename, prefix=prefix, verify=verify)
+    return open_weights_file(chosen, device=device, dtype=dtype, rename=rename, prefix=prefix, verify=verify)
+
+
+def choose(path: Path) -> Path:
+    """The file that the checkpoint at ``path`` begins at, or the folder itself if it is one of arrays.
+
+    Raises CheckpointError as ``open_checkpoint`` does for folders; a path that is none is returned as it is.
+    """
+    return _choose(path) if path.is_dir() else path
 
 
 def _choose(folder: Path) -> Path:
-    """The file that the checkpoint begins at, or the folder itself if it is one of arrays."""
     for name in _USUAL_NAMES:
         if (folder / name).is_file():
             return folder / name
@@ -106,7 +118,7 @@ def _only_one(names: Sequence[str], folder: AnyPath) -> Iterator[str]:
 
 def _nothing(names: Sequence[str], folder: AnyPath, also: str) -> CheckpointNotFoundError:
     return CheckpointNotFoundError(
-        f"the folder has no checkpoint: looked for {', '.join(_USUAL_NAMES)}, *{_INDEX}, *.safetensors, "
+        f"the folder has no checkpoint: looked for {', '.join(_USUAL_NAMES)}, *{INDEX_SUFFIX}, *.safetensors, "
         f"*{', *'.join(TORCH_SUFFIXES)}, *.npz, *.gguf{also}; "
         f"there {'is' if len(names) == 1 else 'are'} {_brief(names)}",
         file=str(folder),

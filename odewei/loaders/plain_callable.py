@@ -15,6 +15,7 @@ from odewei.errors import CheckpointError, MissingWeightError, OptionsError
 from odewei.loaders.base import WeightsLoader
 from odewei.loaders.open_checkpoint import open_checkpoint
 from odewei.loaders.state_dict import StateDictLoader
+from odewei.loaders.sums import Verify, as_verify
 from odewei.loaders.tensors import check_plain
 
 __all__ = ["CallableLoader", "as_source"]
@@ -64,17 +65,23 @@ class CallableLoader:
         return f"<CallableLoader of {getattr(self.function, '__qualname__', self.function)!r}>"
 
 
-def as_source(source: object) -> WeightsLoader | CallableLoader:
+def as_source(source: object, *, verify: Verify = "size") -> WeightsLoader | CallableLoader:
     """``source`` as the library uses it: a loader, a mapping of tensors, a path, or a function.
 
+    ``verify`` is for the loader of a path; anything else than the default with another source is an OptionsError.
     Raises OptionsError for anything else, CheckpointError if what it names cannot be used.
     """
+    if as_verify(verify) != "size" and not isinstance(source, str | os.PathLike):
+        raise OptionsError(
+            f"verify={verify!r} is for a path, the weights come from a {type(source).__qualname__}",
+            cure="Give verify to the loader",
+        )
     if isinstance(source, WeightsLoader | CallableLoader):
         return source
     if isinstance(source, Mapping):
         return StateDictLoader(source)
     if isinstance(source, str | os.PathLike):
-        return open_checkpoint(source)
+        return open_checkpoint(source, verify=verify)
     if callable(source) and not isinstance(source, type):
         return CallableLoader(source)
     what = f"the class {source.__qualname__}" if isinstance(source, type) else f"a {type(source).__qualname__}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,7 @@ from odewei.loaders.names import Rename
 from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.remote_path import AnyPath, RemoteOptions, RemotePath, as_place
 from odewei.loaders.safetensors_file import SafetensorsLoader
+from odewei.loaders.sums import Verify, check_sum, find_sum
 from odewei.loaders.torch_file import TorchLoader
 
 __all__ = ["NUMPY_SUFFIXES", "TORCH_SUFFIXES", "ShardedWeightsLoader", "is_weights_file", "open_weights_file"]
@@ -46,6 +48,7 @@ def open_weights_file(
     dtype: torch.dtype | None = None,
     rename: Rename | None = None,
     prefix: str = "",
+    verify: Verify = "size",
 ) -> FileLoader:
     """The loader for one file of weights, chosen by the end of its name.
 
@@ -59,7 +62,7 @@ def open_weights_file(
             file=str(path),
             cure=f"Use {', '.join(_KINDS)}, or an index that ends in .index.json",
         )
-    return _KINDS[suffix](path, device=device, dtype=dtype, rename=rename, prefix=prefix)
+    return _KINDS[suffix](path, device=device, dtype=dtype, rename=rename, prefix=prefix, verify=verify)
 
 
 class ShardedWeightsLoader(FileLoader):
@@ -68,6 +71,9 @@ class ShardedWeightsLoader(FileLoader):
     The index at ``index_file_path`` holds the mapping of weights to names of files under ``weights_mapping_key``.
     Names that lead out of ``weights_dir`` are refused (UnsafeCheckpointError); links that lie in it are followed.
     Weights in a shard that the index does not map are left out.
+
+    With ``verify="sha256"`` the index's own sum is compared only if one is kept: an index holds no weights, and what it
+    says of a shard the shard has to say too.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class ShardedWeightsLoader(FileLoader):
         prefix: str = "",
         storage_options: Mapping[str, object] | None = None,
         remote: RemoteOptions | None = None,
+        verify: Verify = "size",
     ) -> None:
         super().__init__(
             index_file_path,
@@ -91,13 +98,16 @@ class ShardedWeightsLoader(FileLoader):
             prefix=prefix,
             storage_options=storage_options,
             remote=remote,
+            verify=verify,
         )
+        if self.verify == "sha256" and isinstance(self.path, Path) and find_sum(self.path) is not None:
+            check_sum(CheckpointFile.stat(self.path))
         folder = as_place(weights_dir, storage_options, remote)
         if isinstance(folder, RemotePath) and isinstance(self.path, RemotePath):
             folder = RemotePath(folder.url, self.path.remote)  # one cache, one look at each file
         self._index = read_index(self.path, folder, weights_mapping_key)
         self._index.check_shards()
-        self._loaders = {shard: open_weights_file(shard) for shard in self._index.by_shard()}
+        self._loaders = {shard: open_weights_file(shard, verify=self.verify) for shard in self._index.by_shard()}
 
     def _read_headers(self) -> dict[str, WeightInfo]:
         found: dict[str, WeightInfo] = {}

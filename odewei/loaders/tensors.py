@@ -110,10 +110,11 @@ def view_as_weight(raw: torch.Tensor, info: WeightInfo) -> torch.Tensor:
 def read_tensor(loader: WeightsLoader, info: WeightInfo, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Read one weight into fresh host memory of its own, aligned to 64 bytes.
 
-    Cast to ``dtype`` (default: ``loader.dtype``; None: as stored) if :func:`is_castable` says so. Strides are as
-    stored. The tensor is an ordinary one even when the caller is in inference mode. Raises WeightReadError.
+    Cast to ``dtype`` (default: ``loader.dtype``, else ``info.wanted``; None: as stored) if :func:`is_castable` says
+    so. Strides are as stored. The tensor is an ordinary one even when the caller is in inference mode. Raises
+    WeightReadError.
     """
-    wanted = loader.dtype if dtype is None else dtype
+    wanted = dtype or loader.dtype or info.wanted
     with torch.inference_mode(False), torch.no_grad():
         raw = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
         loader.read_into(info, raw.numpy().data)

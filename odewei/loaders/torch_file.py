@@ -1,9 +1,10 @@
 """One file of ``torch.save`` (.pt, .pth, .bin): where in it the bytes of each tensor are.
 
 Since torch 1.6 such a file is a zip archive: a pickle, and one uncompressed entry per storage. The pickle is read by
-torch with ``weights_only=True``, always, and onto the meta device, which makes tensors without memory; torch leaves the
-offset of each storage on it as ``_checkpoint_offset`` (torch/serialization.py). What that says is believed only where
-the directory of the archive says the same. A torch that does not leave offsets is used through ``mmap=True``.
+torch with ``weights_only=True``, always, after ``scan_pickle`` has found that it takes little memory, and onto the meta
+device, which makes tensors without any; torch leaves the offset of each storage on it as ``_checkpoint_offset``
+(torch/serialization.py). What that says is believed only where the directory of the archive says the same. A torch
+that does not leave offsets is used through ``mmap=True``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from odewei.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpo
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
 from odewei.loaders.file_loader import FileLoader, open_again, open_header, read_span
 from odewei.loaders.names import Rename
+from odewei.loaders.pickle_scan import scan_pickle
 from odewei.loaders.remote_path import RemoteOptions, RemotePath
+from odewei.loaders.sums import Verify
 from odewei.loaders.tensors import check_plain, contiguous_stride
 from odewei.loaders.zip_members import data_offset
 
@@ -50,6 +53,7 @@ class TorchLoader(FileLoader):
         prefix: str = "",
         storage_options: Mapping[str, object] | None = None,
         remote: RemoteOptions | None = None,
+        verify: Verify = "size",
     ) -> None:
         super().__init__(
             path,
@@ -59,13 +63,14 @@ class TorchLoader(FileLoader):
             prefix=prefix,
             storage_options=storage_options,
             remote=remote,
+            verify=verify,
         )
         self.key = key
         self._mapped: dict[str, torch.Tensor] = {}
-        self._file: CheckpointFile | None = None
+        self._source: CheckpointFile | None = None
 
     def _read_headers(self) -> dict[str, WeightInfo]:
-        self._file = file = CheckpointFile.stat(self.path)
+        self._source = file = self._file(self.path)
         with open_header(file) as stream:
             entries = _entries(stream, file)
             stream.seek(0)
@@ -82,9 +87,9 @@ class TorchLoader(FileLoader):
             read_span(info, buffer)
             return
         self.weights()
-        assert self._file is not None
-        mapped = self._mapped or self._map_again(self._file)
-        _copy_mapped(info, mapped[info.name], self._file, buffer)
+        assert self._source is not None
+        mapped = self._mapped or self._map_again(self._source)
+        _copy_mapped(info, mapped[info.name], self._source, buffer)
 
     def close(self) -> None:
         self._mapped = {}
@@ -160,6 +165,9 @@ def _entries(stream: BinaryIO, file: CheckpointFile) -> dict[int, int]:
             order = archive.read(members[names.index("byteorder")]).decode() if "byteorder" in names else "little"
             if order != sys.byteorder:
                 _refuse(file, f"the tensors are stored in {order!r} byte order, this machine differs", _RESAVE)
+            if "data.pkl" not in names:
+                raise zipfile.BadZipFile("there is no data.pkl in it")
+            scan_pickle(archive.read(members[names.index("data.pkl")]), len(places), file=str(file.path))
             return places
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
         raise CorruptCheckpointError(
@@ -171,7 +179,11 @@ def _entries(stream: BinaryIO, file: CheckpointFile) -> dict[int, int]:
 
 def _place(member: zipfile.ZipInfo, stream: BinaryIO, file: CheckpointFile) -> tuple[int, int]:
     """First byte and length of a member's data."""
-    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size or member.flag_bits & 1:
+    if (
+        member.compress_type != zipfile.ZIP_STORED
+        or member.compress_size != member.file_size
+        or member.flag_bits & 0x61
+    ):
         raise zipfile.BadZipFile(f"entry {member.filename!r} is compressed or encrypted, torch.save does neither")
     return data_offset(member, stream, file.size), member.file_size
 

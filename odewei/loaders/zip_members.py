@@ -23,13 +23,17 @@ MAX_DEFLATE_RATIO = 1032
 def data_offset(member: zipfile.ZipInfo, stream: BinaryIO, file_nbytes: int) -> int:
     """First byte of a member's data. The directory does not say; the header before the data does.
 
-    Raises BadZipFile if there is no such header, or the data would reach beyond the file; struct.error at its end.
+    Raises BadZipFile if there is no such header, or it is of another member, or the data would reach beyond the file;
+    struct.error at its end.
     """
     stream.seek(member.header_offset)
     signature, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
     begin = member.header_offset + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
     if signature != b"PK\x03\x04" or begin + member.compress_size > file_nbytes:
         raise zipfile.BadZipFile(f"entry {member.filename!r} is not where the directory says")
+    name = stream.read(name_nbytes)
+    if name.decode("utf-8" if member.flag_bits & 0x800 else "cp437", "replace") != member.orig_filename:
+        raise zipfile.BadZipFile(f"entry {member.filename!r} has another name where its data are")
     return int(begin)
 
 

@@ -7,6 +7,7 @@ does).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from odewei.errors import OptionsError
@@ -87,6 +88,11 @@ class Budget:
         """Give a reservation back. Giving it back twice is a bug of the caller (KeyError)."""
         self._held.remove(reservation)
         self.used_bytes -= reservation.nbytes
+
+    def restate(self, held: Iterable[Reservation]) -> None:
+        """What is reserved is this: an interrupt may have hit in the middle of a change."""
+        self._held = set(held)
+        self.used_bytes = sum(reservation.nbytes for reservation in self._held)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless the sums agree."""

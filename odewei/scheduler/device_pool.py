@@ -26,6 +26,7 @@ class DeviceSlab(Slab):
     def __init__(self, nbytes: int, reservation: Reservation, memory: torch.Tensor) -> None:
         self.nbytes = nbytes
         self.reservation = reservation
+        self.begin()
         self.memory: torch.Tensor | None = memory
         self.copy: Copy | None = None
         self.shown = False
@@ -53,7 +54,8 @@ class DevicePool(SlabPool):
         assert isinstance(slab, DeviceSlab)
         memory, slab.memory = slab.memory, None
         assert memory is not None, "a slab is lent once"
-        weakref.finalize(memory.untyped_storage(), self._give_back, slab).atexit = False
+        slab.note_lent(memory.untyped_storage())
+        weakref.finalize(memory.untyped_storage(), self._give_back, slab, slab.uses).atexit = False
         return memory
 
     def _new(self, nbytes: int, reservation: Reservation) -> Slab:

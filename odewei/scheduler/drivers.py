@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import FrameType
@@ -17,11 +18,14 @@ import torch
 
 from odewei.errors import ClosedError, ModelError, OdeweiError, WeightReadError
 from odewei.scheduler.budget import format_nbytes
+from odewei.scheduler.forks import is_held_by_nobody_here, watch
 from odewei.scheduler.ledger import Ledger
+from odewei.scheduler.observer import torch_range
 from odewei.scheduler.plan import Decision
-from odewei.scheduler.reader import Resized, UnitReader
+from odewei.scheduler.reader import FileTable, Job, Resized, UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
-from odewei.scheduler.slabs import Slab
+from odewei.scheduler.slabs import Bytes, Slab
+from odewei.scheduler.states import State
 
 __all__ = ["Driver", "SynchronousDriver", "was_closed"]
 
@@ -31,6 +35,11 @@ class Driver(ABC):
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        watch(self)
+
+    def after_fork(self) -> None:
+        """In a forked child, which has none of this driver's threads."""
+        self.ledger.after_fork()
 
     # -- models come and go ------------------------------------------------------------------------------------------
 
@@ -63,14 +72,15 @@ class Driver(ABC):
             self.poke()
             return
         try:
-            self._serve(waiter)
+            with torch_range("wait", self._name(unit)):
+                self._serve(waiter)
             if waiter.error is not None:
                 raise self._as_seen_by_forward(unit, waiter.error) from waiter.error
         except BaseException:
             self.ledger.give_up(waiter)
             self.ledger.leave(unit)
             raise
-        self.ledger.note_stall(unit, time.perf_counter() - waiter.since)
+        self.ledger.note_stall(unit, waiter.since, time.perf_counter())
 
     def leave(self, unit: int) -> None:
         """Return the lease."""
@@ -134,6 +144,10 @@ class Driver(ABC):
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.ledger!r}>"
 
+    def _name(self, unit: int) -> str:
+        record = self.ledger.units.get(unit)
+        return "" if record is None else record.name
+
     def _used_by_its_reader(self) -> ModelError:
         return ModelError(
             "a reader used a weight of the model that it reads for, and would wait for itself",
@@ -141,8 +155,7 @@ class Driver(ABC):
         )
 
     def _as_seen_by_forward(self, unit: int, error: BaseException) -> OdeweiError:
-        record = self.ledger.units.get(unit)
-        name = None if record is None else record.name
+        name = self._name(unit) or None
         if isinstance(error, ClosedError):
             return ClosedError(error.problem, module=name, cure=error.cure)
         if isinstance(error, OdeweiError):
@@ -177,6 +190,15 @@ class Driver(ABC):
                 self.ledger.fail(record.id, no_memory(record, limit, error))
             return None
 
+    def _run_job(self, record: UnitRecord, job: Job, slab: Bytes, files: FileTable) -> int:
+        """Run one job of a unit, in the thread that reads. Returns the bytes read."""
+        began = time.perf_counter()
+        with torch_range("read", record.name):
+            nbytes = job.run(slab, files)
+        if (observer := self.ledger.observer) is not None:
+            observer.read(record.id, began, time.perf_counter(), nbytes)
+        return nbytes
+
     def _publish(self, record: UnitRecord, slab: Slab, nbytes_read: int) -> None:
         """All bytes are in the slab: bind, then say so."""
         if record.account.closed is not None:
@@ -187,6 +209,7 @@ class Driver(ABC):
             record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
             record.account.client.bind(record.place)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep the tensors
             self.ledger.fail(record.id, error)
         else:
             self.ledger.arrive(record.id)
@@ -225,7 +248,7 @@ def no_memory(record: UnitRecord, limit_bytes: int, error: BaseException) -> Ode
         f"there is no memory for a unit of {record.nbytes} bytes ({format_nbytes(record.nbytes)}) within a budget of "
         f"{limit_bytes} bytes ({format_nbytes(limit_bytes)}), also after others have left: {error}",
         module=record.name,
-        cure="Pass a smaller memory_budget, so that the rest of the program leaves room for it",
+        cure="Pass a smaller memory_budget, or raise the limit on memory (ulimit -v); the next call tries again",
     )
 
 
@@ -239,6 +262,13 @@ class SynchronousDriver(Driver):
         super().__init__(ledger)
         self._turn = threading.RLock()  # one thread reads at a time
         self._reading = False
+        self._torn = False  # an interrupt has ended a turn
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        if is_held_by_nobody_here(self._turn):
+            self._turn = threading.RLock()
+            self.ledger.close_forked()
 
     def start(self) -> None:
         pass
@@ -249,8 +279,10 @@ class SynchronousDriver(Driver):
         self.ledger.adapt()
         if self.ledger.pool.budget.free_bytes < 0:
             with self._turn:
+                self._begin_turn()
                 while (decision := self.ledger.next_shedding()) is not None:
                     self._make_room(decision)
+                self._torn = False
 
     def leave_for_good(self, account: Account) -> None:
         self.close()
@@ -262,6 +294,7 @@ class SynchronousDriver(Driver):
         with self._turn:
             if self._reading:
                 raise self._used_by_its_reader()
+            self._begin_turn()
             self.ledger.adapt()
             while not waiter.done.is_set():
                 decision = self.ledger.next_decision()
@@ -269,6 +302,22 @@ class SynchronousDriver(Driver):
                 slab = self._make_room(decision)
                 if slab is not None and decision.fetch is not None:
                     self._read(self.ledger.units[decision.fetch], slab)
+            self._torn = False
+
+    def _begin_turn(self) -> None:
+        """Until this turn has ended as it should, it counts as interrupted."""
+        self._mend()
+        self._torn = True
+
+    def _mend(self) -> None:
+        """What an interrupted turn has left on its way is absent again, unbound, and its memory free."""
+        if self._torn:
+            for record in tuple(self.ledger.units.values()):
+                self.ledger.restart(record.id)
+                if record.state in (State.ABSENT, State.FAILED):
+                    record.account.client.retract(record.place)
+            self.ledger.pool.reclaim({record.name for record in self.ledger.units.values()})
+            self._torn = False
 
     def _read(self, record: UnitRecord, slab: Slab) -> None:
         self.ledger.begin_read(record.id, slab)
@@ -278,7 +327,7 @@ class SynchronousDriver(Driver):
             with record.account.busy:
                 view = slab.view()
                 for job in record.reader.jobs():
-                    nbytes += job.run(view, record.account.files)
+                    nbytes += self._run_job(record, job, view, record.account.files)
                 del view
         except BaseException as error:
             self._give_up(record, slab, error, nbytes)
@@ -291,4 +340,6 @@ class SynchronousDriver(Driver):
 
     def close(self) -> None:
         with self._turn:
+            if not self._reading:  # a reader that closes its own model does not interrupt itself
+                self._mend()
             super().close()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -77,8 +77,9 @@ class LeaseBook:
         if mine is None:
             for ended in [other for other in self._threads if not other.thread.is_alive()]:
                 self._forget(ended)
-            mine = self._local.leases = ThreadLeases()
-            self._threads.add(mine)
+            mine = ThreadLeases()
+            self._threads.add(mine)  # first: those that are not known cannot be counted
+            self._local.leases = mine
         return mine
 
     def take(
@@ -102,6 +103,20 @@ class LeaseBook:
         if any(lease.what == what for lease in mine.leases):
             while self._return_last(mine).what != what:
                 pass
+
+    def inside(self) -> list[ThreadLeases]:
+        """The threads that have leases."""
+        return [thread for thread in self._threads if thread.leases]
+
+    def recount(self, units: Iterable[UnitRecord]) -> None:
+        """Count the leases of all units anew, after an interrupt in the middle of a change."""
+        for unit in units:
+            unit.leases = unit.held
+        for thread in self._threads:
+            thread.lingering = None
+            for lease in thread.leases:
+                if lease.unit is not None:
+                    lease.unit.leases += 1
 
     def lingers(self, unit: UnitRecord) -> bool:
         """Whether a thread has just taken a weight of it."""

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from odewei.errors import ClosedError
+from odewei.scheduler.forks import is_held_by_nobody_here, was_forked
 from odewei.scheduler.leases import LeaseBook, ThreadLeases
 from odewei.scheduler.machine import AutoLimit
+from odewei.scheduler.observer import Observer
 from odewei.scheduler.outlook import Outlook
 from odewei.scheduler.plan import Candidate, Decision, Wish, decide
 from odewei.scheduler.reader import UnitReader
@@ -21,13 +23,14 @@ from odewei.scheduler.roster import Roster
 from odewei.scheduler.slabs import Slab, SlabPool
 from odewei.scheduler.states import State, check_move
 from odewei.scheduler.wants import Wants
+from odewei.scheduler.whole import Books, whole
 
 __all__ = ["Ledger"]
 
 
-class Ledger:
+class Ledger(Books):
     """The book of all units of all models under one budget. Methods may be called from any thread unless they say
-    otherwise.
+    otherwise. An interrupt costs what was predicted, and nothing else.
     """
 
     def __init__(self, pool: SlabPool, auto: AutoLimit | None = None) -> None:
@@ -47,10 +50,12 @@ class Ledger:
         self._idle = 0  # units that are absent and only there on demand
         self._wants = Wants()
         self._closed: BaseException | None = None
+        self.observer: Observer | None = None
         self._leases = LeaseBook(self._thread_is_outside, self._thread_has_ended)
 
     # -- models come and go ------------------------------------------------------------------------------------------
 
+    @whole
     def join(self, account: Account, units: Sequence[tuple[str, UnitReader]]) -> bool:
         """A model comes, with names and readers of its units, all absent, in the order they are expected to be used.
 
@@ -63,11 +68,13 @@ class Ledger:
             self._idle += sum(record.on_demand for record in account.units)
             return True
 
+    @whole
     def seed(self, account: Account, order: Sequence[int]) -> None:
         """The order in which the units of a model, by their places in it, are expected to be entered in one pass."""
         with self.lock:
             self.roster.seed(account, order)
 
+    @whole
     def depart(self, account: Account, reason: BaseException) -> bool:
         """A model goes: those who wait for its units get ``reason``, and its residents become absent.
 
@@ -88,6 +95,7 @@ class Ledger:
                     self._evict(record)
             return True
 
+    @whole
     def forget(self, account: Account) -> None:
         """Strike the units of a model that has departed. Nothing of it may be on its way."""
         with self.lock:
@@ -100,14 +108,18 @@ class Ledger:
     def adapt(self) -> None:
         """Have an "auto" budget follow what is available, now and then."""
         if self.adapts:
-            with self.lock:
-                self.roster.adapt()
+            self._adapt()
+
+    @whole
+    def _adapt(self) -> None:
+        self.roster.adapt()
 
     @property
     def adapts(self) -> bool:
         """Whether the budget may change while nothing else happens."""
         return self.roster.auto is not None
 
+    @whole
     def resize(self, unit: int, nbytes: int) -> None:
         """A unit turned out to need other room. Only while it is absent or being read."""
         with self.lock:
@@ -121,24 +133,31 @@ class Ledger:
 
     # -- the forward thread ------------------------------------------------------------------------------------------
 
+    @whole
     def enter_pass(self, account: Account, frame: FrameType) -> bool:
         """This thread enters a model, whose call runs in ``frame``. Whether it was outside of every model."""
         with self.lock:
             mine = self._leases.mine()
             self._leases.take(mine, account, None, frame)
             self.outlook.enter(mine)
+            if self.observer is not None:
+                self.observer.entered(None, len(mine.leases))
             return len(mine.leases) == 1
 
+    @whole
     def leave_pass(self, account: Account) -> bool:
         """This thread leaves a model, whether by return or by exception. Whether it is outside of every model now."""
         with self.lock:
             mine = self._leases.mine()
             self._leases.give_back(mine, account)
+            if self.observer is not None:
+                self.observer.left(None)
             if not mine.leases:
                 account.counters.passes += 1
                 self._wants.drop(mine)
             return not mine.leases
 
+    @whole
     def enter(self, unit: int, frame: FrameType, *, lingers: bool = False) -> Waiter | None:
         """Take a lease. None: the unit is resident. Otherwise whoever drives the ledger sets ``done`` of the waiter."""
         with self.lock:
@@ -146,6 +165,8 @@ class Ledger:
             mine = self._leases.mine()
             self._leases.take(mine, record.account, record, frame, lingers=lingers)
             self._note_access(mine, record)
+            if self.observer is not None:
+                self.observer.entered(unit, len(mine.leases))
             if record.state is State.RESIDENT:
                 record.account.counters.hits += 1
                 return None
@@ -153,17 +174,22 @@ class Ledger:
             self._demand(record, waiter)
             return waiter
 
+    @whole
     def leave(self, unit: int) -> None:
         """Return the innermost lease of ``unit`` of this thread. Leases above it were left behind and go too."""
         with self.lock:
             self._leases.give_back(self._leases.mine(), unit)
+            if self.observer is not None:
+                self.observer.left(unit)
 
+    @whole
     def hold(self, waiter: Waiter) -> None:
         """Take a lease of the waiter's unit that belongs to no frame, until ``let_go``; the waiter is told, now or
         later.
         """
         with self.lock:
             record = self._open_record(waiter.unit)
+            record.held += 1
             record.leases += 1
             self._note_access(self._leases.mine(), record)
             if record.state is State.RESIDENT:
@@ -172,18 +198,22 @@ class Ledger:
             else:
                 self._demand(record, waiter)
 
+    @whole
     def let_go(self, unit: int) -> None:
         """Return a lease that ``hold`` took."""
         with self.lock:
             record = self.units.get(unit)
             if record is not None:
+                record.held -= 1
                 record.leases -= 1
 
+    @whole
     def want(self, units: Sequence[int]) -> None:
         """This thread will enter these units next, in this order: read them together. An empty sequence: no more."""
         with self.lock:
             self._wants.put(self._leases.mine(), units)
 
+    @whole
     def give_up(self, waiter: Waiter) -> None:
         """A forward stopped waiting (an interrupt): nobody needs to wake it any more."""
         with self.lock:
@@ -193,23 +223,27 @@ class Ledger:
                 if not record.waiters:
                     self._demanded.pop(waiter.unit, None)
 
-    def note_stall(self, unit: int, seconds: float) -> None:
-        """A forward has waited so long for a unit."""
+    @whole
+    def note_stall(self, unit: int, began: float, ended: float) -> None:
+        """This thread's forward has waited for a unit."""
+        if self.observer is not None:
+            self.observer.stalled(unit, began, ended)
         with self.lock:
             record = self.units.get(unit)
             if record is not None:
                 record.account.counters.stalls += 1
-                record.account.counters.stall_seconds += seconds
+                record.account.counters.stall_seconds += ended - began
 
     def needs_driver(self) -> bool:
         """Whether there is anything to decide: some unit is neither resident nor failed, nor idle. Without the lock, a
         hint.
         """
         missing = len(self._residents) + self._failed + self._idle < len(self.units)
-        return missing or bool(self._demanded) or bool(self._wants)
+        return missing or bool(self._demanded) or bool(self._wants) or self._torn
 
     # -- whoever drives: one thread at a time ------------------------------------------------------------------------
 
+    @whole
     def next_decision(self) -> Decision | None:
         """Decide what to fetch next, and move its victims to ABSENT. The caller unbinds them, then begins the read."""
         with self.lock:
@@ -225,6 +259,7 @@ class Ledger:
                 self._evict(self.units[unit])
             return decision
 
+    @whole
     def next_shedding(self) -> Decision | None:
         """What leaves because the budget has shrunk, moved to ABSENT. The caller unbinds it."""
         with self.lock:
@@ -233,6 +268,7 @@ class Ledger:
                 self._evict(self.units[unit])
             return decision
 
+    @whole
     def begin_read(self, unit: int, slab: Slab | None) -> None:
         """ABSENT to READING, into ``slab`` (None: the unit has no bytes)."""
         with self.lock:
@@ -245,6 +281,7 @@ class Ledger:
                 self._ahead.add(unit)
                 self._ahead_bytes += record.nbytes
 
+    @whole
     def finish_read(self, unit: int, nbytes: int) -> None:
         """READING to STAGED: ``nbytes`` have been read and all are in the slab."""
         with self.lock:
@@ -254,6 +291,7 @@ class Ledger:
             record.account.counters.bytes_read += nbytes
             record.account.counters.units_read += 1
 
+    @whole
     def abandon_read(self, unit: int, nbytes: int) -> None:
         """READING back to ABSENT, without failure. ``nbytes`` were read all the same."""
         with self.lock:
@@ -264,11 +302,13 @@ class Ledger:
             record.account.counters.bytes_read += nbytes
             self.outlook.note_missing(unit)
 
+    @whole
     def begin_copy(self, unit: int) -> None:
         """STAGED to COPYING: the device is filling the unit's memory."""
         with self.lock:
             self._move(self.units[unit], State.COPYING)
 
+    @whole
     def arrive(self, unit: int) -> None:
         """STAGED or COPYING to RESIDENT: the unit is bound. Wakes those who wait for it."""
         with self.lock:
@@ -279,6 +319,7 @@ class Ledger:
             self.outlook.note_present(unit)
             self._wake(record, None)
 
+    @whole
     def fail(self, unit: int, error: BaseException, nbytes: int = 0) -> None:
         """READING, STAGED or COPYING to FAILED. Those who wait get ``error``; the next who needs it tries again."""
         with self.lock:
@@ -290,16 +331,31 @@ class Ledger:
             record.account.counters.bytes_read += nbytes
             self._wake(record, error)
 
+    @whole
     def shrink_for(self, unit: int) -> bool:
-        """The system had no memory for the unit: from now on the budget is what is in use. True: try once more, when
-        others have left for it.
+        """The system had no memory for the unit: from now on the budget is what is in use, but never less than one step
+        needs: the shortage may pass. True: try once more, when others have left for it.
         """
         with self.lock:
             again = unit not in self._shrunk_for
             self._shrunk_for.add(unit)
-            self.roster.limit(max(1, self.pool.budget.used_bytes))
+            budget = self.pool.budget
+            self.roster.limit(min(budget.limit_bytes, max(1, self.roster.least_bytes, budget.used_bytes)))
             return again
 
+    @whole
+    def restart(self, unit: int) -> None:
+        """A unit on its way whose read was cut short by an interrupt is ABSENT again; those who wait go on waiting."""
+        record = self.units[unit]
+        if record.state is State.STAGED:
+            self._move(record, State.FAILED)
+            self._move(record, State.ABSENT)
+            record.slab = None
+            self.outlook.note_missing(unit)
+        elif record.state is State.READING:
+            self.abandon_read(unit, 0)
+
+    @whole
     def close(self, reason: BaseException) -> None:
         """No more accesses: they raise ``reason``, and so do all who wait now."""
         with self.lock:
@@ -313,6 +369,7 @@ class Ledger:
         """The slabs of all resident units."""
         return (slab for unit in self._residents if (slab := self.units[unit].slab) is not None)
 
+    @whole
     def leases(self) -> int:
         """All leases of units taken now, stale ones included."""
         with self.lock:
@@ -324,8 +381,9 @@ class Ledger:
 
     def is_held_by_caller(self) -> bool:
         """Whether this thread is inside the ledger or its pool, and must wait for no one: a finalizer may run there."""
-        return self.lock._is_owned() or self.pool.is_held_by_caller()  # type: ignore[attr-defined]
+        return self.lock._is_owned() or self.pool.is_held_by_caller()
 
+    @whole
     def check_invariants(self) -> None:
         """Raise AssertionError unless states, sums and slabs agree."""
         self.pool.check_invariants()
@@ -352,6 +410,8 @@ class Ledger:
     def _open_record(self, unit: int) -> UnitRecord:
         record = self.units.get(unit)
         reason = self._closed if record is None else self._closed or record.account.closed
+        if isinstance(reason, ClosedError):
+            raise ClosedError(reason.problem, cure=reason.cure) from reason
         if record is None or reason is not None:
             raise ClosedError("the model was closed", cure="Build it again to use it again") from reason
         return record
@@ -450,6 +510,8 @@ class Ledger:
         self._failed += (state is State.FAILED) - (record.state is State.FAILED)
         self._idle += record.on_demand * ((state is State.ABSENT) - (record.state is State.ABSENT))
         record.state = state
+        if self.observer is not None:
+            self.observer.moved(record.id, state, record.nbytes)
         if state in (State.ABSENT, State.FAILED):
             self._clear_ahead(record)
 
@@ -465,8 +527,52 @@ class Ledger:
         record.waiters = ()
         self._demanded.pop(record.id, None)
 
+    # -- after a fork ------------------------------------------------------------------------------------------------
+
+    def after_fork(self) -> None:
+        """In the child: if another thread was in here, the books cannot be used any more."""
+        pool_is_whole = self.pool.after_fork()
+        if is_held_by_nobody_here(self.lock):
+            self.lock = threading.RLock()
+            self._changing = False
+            pool_is_whole = False
+        if not pool_is_whole:
+            self.close_forked()
+
+    def close_forked(self) -> None:
+        """In the child: no more accesses. Wakes nobody: those who wait are in the parent."""
+        self._closed = self._closed or was_forked()
+
+    # -- after an interrupt ------------------------------------------------------------------------------------------
+
+    def _mend(self) -> None:
+        """From the states, slabs and waiters of the units and the leases of the threads. Predictions begin anew."""
+        records = self.units.values()
+        self._leases.recount(records)
+        self._ahead.clear()
+        for record in records:
+            record.ahead = False
+            if record.slab is not None and record.state in (State.ABSENT, State.FAILED):
+                self.pool.mark_leaving(record.slab, record.name)
+                record.slab = None
+            if record.waiters and record.state is State.RESIDENT:
+                self._wake(record, None)
+        self._ahead_bytes = 0
+        self._residents = {unit.id for unit in records if unit.state is State.RESIDENT}
+        self._demanded = {unit.id: unit for unit in records if unit.waiters}
+        self._reading_bytes = sum(unit.nbytes for unit in records if unit.state is State.READING)
+        self._failed = sum(unit.state is State.FAILED for unit in records)
+        self._idle = sum(unit.state is State.ABSENT for unit in records if unit.on_demand)
+        self._wants.drop_all()
+        self.roster.begin_anew()
+        for thread in self._leases.inside():
+            self.outlook.enter(thread)
+        for unit in self._residents:
+            self.outlook.note_present(unit)
+
     # -- what passes have shown --------------------------------------------------------------------------------------
 
+    @whole
     def recent_pass(self, account: Account) -> tuple[int, ...]:
         """The places of a model's units in the order in which they are expected from now on, once around."""
         with self.lock:

@@ -31,6 +31,10 @@ class Outlook:
 
     def __init__(self, order: Sequence[int] = ()) -> None:
         self._order = tuple(order)
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget all that was seen."""
         self._regularity = Regularity()
         self._spacing = Spacing()
         self._rare = RareFirst(self._regularity)  # present and irregular

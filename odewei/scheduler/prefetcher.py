@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import threading
 from collections import deque
@@ -22,13 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 import aiofiles
 import aiofiles.os
 
-from odewei.errors import ClosedError
+from odewei.errors import ClosedError, ModelError, WeightReadError
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.drivers import Driver, was_closed
+from odewei.scheduler.forks import was_forked
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.machine import SECONDS_BETWEEN_LOOKS
 from odewei.scheduler.read_queue import Batch, ReadQueue
-from odewei.scheduler.reader import FileTable, cannot_read
+from odewei.scheduler.reader import FileTable
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slabs import Slab
 
@@ -43,7 +45,7 @@ class PrefetchingDriver(Driver):
         self._num_readers = num_readers
         self._reader_prefix = f"odewei-reader-{name}_"
         self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix=self._reader_prefix[:-1])
-        self._loop = asyncio.new_event_loop()
+        self._loop = _new_loop()
         self._thread = threading.Thread(target=self._run, name=f"odewei-scheduler-{name}", daemon=True)
         self._awake = asyncio.Event()
         self._queue = ReadQueue()
@@ -60,13 +62,19 @@ class PrefetchingDriver(Driver):
 
     def start(self) -> None:
         with self.ledger.lock:
-            is_new = self._thread.ident is None
-            if is_new:
-                self._thread.start()
+            if self._thread.ident is None:
+                try:
+                    self._thread.start()
+                except RuntimeError as error:
+                    raise _cannot_start(error) from error
 
     def poke(self) -> None:
         if self.ledger.needs_driver():
             self._wake()
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        self._poked = True  # for ever: what wakes the loop is the parent's, too
 
     def _wake(self) -> None:
         """Wake the loop. Takes no lock: finalizers call it."""
@@ -80,10 +88,7 @@ class PrefetchingDriver(Driver):
         if self._is_own_thread():
             raise self._used_by_its_reader()
         if os.getpid() != self._process:
-            raise ClosedError(
-                "the process was forked, and the thread that reads the weights stayed behind",
-                cure="Build the model in the child, or start processes with the method 'spawn'",
-            )
+            raise was_forked()
         self._begin_to_serve(waiter)
         waiter.done.wait()
 
@@ -93,6 +98,8 @@ class PrefetchingDriver(Driver):
         self._wake()
 
     def leave_for_good(self, account: Account) -> None:
+        if os.getpid() != self._process:
+            return  # the loop, its descriptors included, is the parent's
         if self._thread.ident is None:
             self.close()
             return
@@ -106,6 +113,8 @@ class PrefetchingDriver(Driver):
 
     def close(self) -> None:
         """May run in any thread at any moment, as a finalizer: the loop's thread does the work, under no lock."""
+        if os.getpid() != self._process:
+            return
         if self._thread.ident is None:
             self._pool.shutdown()
             self._loop.close()
@@ -119,8 +128,7 @@ class PrefetchingDriver(Driver):
 
     def _may_wait(self) -> bool:
         """Whether the caller may wait for the loop's thread: it is not part of it, and holds nothing that it needs."""
-        is_here = os.getpid() == self._process  # a forked child has no such thread
-        return is_here and not self._is_own_thread() and not self.ledger.is_held_by_caller()
+        return not self._is_own_thread() and not self.ledger.is_held_by_caller()
 
     def _is_own_thread(self) -> bool:
         """Whether the caller is the loop's thread or a reader, which must wait for neither."""
@@ -235,7 +243,8 @@ class PrefetchingDriver(Driver):
         if not jobs:
             return 0, None
         done = asyncio.Event()
-        batch = Batch(jobs, slab.view(), files, lambda: self._loop.call_soon_threadsafe(done.set))
+        run = functools.partial(self._run_job, record)
+        batch = Batch(jobs, slab.view(), files, lambda: self._loop.call_soon_threadsafe(done.set), run)
         self._queue.put(record.id, batch, urgent=bool(record.waiters))
         for _ in range(min(len(jobs), self._num_readers)):
             self._queued.release()
@@ -248,9 +257,26 @@ class PrefetchingDriver(Driver):
         while not self._closing:
             await self._queued.acquire()
             if self._queue:
-                await drain(executor=self._pool)
+                try:
+                    await drain(executor=self._pool)
+                except RuntimeError as error:
+                    if not str(error).startswith(_NO_THREAD):
+                        raise
+                    self._without_thread(error)
+
+    def _without_thread(self, error: RuntimeError) -> None:
+        """The system gives no thread to read with. Where there is one already it does the work of all."""
+        if not self._pool._threads:
+            reason = WeightReadError(
+                f"no thread can be started to read with: {error}",
+                cure="Raise the limits on threads and memory (ulimit -u, -v), or use prefetch_depth=0; the next use "
+                "tries again",
+            )
+            reason.__cause__ = error
+            self._queue.abandon(reason)
 
     async def _open(self, files: FileTable, file: CheckpointFile) -> None:
+        """Open it ahead of its use, if that works."""
         if files.is_open(file):
             return
         try:
@@ -258,10 +284,27 @@ class PrefetchingDriver(Driver):
                 if not files.is_open(file):
                     opened = await aiofiles.open(file.path, "rb", buffering=0, opener=files.opener, executor=self._pool)
                     files.keep(file, opened._file)  # type: ignore[attr-defined]
-        except OSError as error:
-            raise cannot_read(file, error) from error
+        except (OSError, RuntimeError):  # no file, no descriptor, no thread
+            pass  # the job that reads it tries again, and its error names the weight
         finally:
             self._opening.pop((files, file), None)
+
+
+_NO_THREAD = "can't start new thread"  # what threading says
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.new_event_loop()
+    except OSError as error:
+        raise _cannot_start(error) from error
+
+
+def _cannot_start(error: Exception) -> ModelError:
+    return ModelError(
+        f"the thread that reads the weights cannot be started: {error}",
+        cure="Raise the limits on open files, threads and memory (ulimit -n, -u, -v), or use prefetch_depth=0",
+    )
 
 
 def _death(error: BaseException) -> ClosedError:

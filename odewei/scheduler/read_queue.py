@@ -17,15 +17,23 @@ __all__ = ["Batch", "ReadQueue"]
 
 
 class Batch:
-    """Jobs that fill one slab. ``on_done`` is called once, in the reader thread that ends the last of them.
+    """Jobs that fill one slab, each run by ``run``.
 
+    ``on_done`` is called once, in the reader thread that ends the last of them.
     Then ``error`` is the first error of a job, or None, ``nbytes`` what was read, and nothing here holds the slab.
     After an error the jobs that have not begun are left out. Errors are values: some mean something to coroutines.
     """
 
-    __slots__ = ("_files", "_left", "_lock", "_on_done", "_view", "_waiting", "error", "nbytes")
+    __slots__ = ("_files", "_left", "_lock", "_on_done", "_run", "_view", "_waiting", "error", "nbytes")
 
-    def __init__(self, jobs: Sequence[Job], view: Bytes, files: FileTable, on_done: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        view: Bytes,
+        files: FileTable,
+        on_done: Callable[[], object],
+        run: Callable[[Job, Bytes, FileTable], int],
+    ) -> None:
         self.nbytes = 0
         self.error: BaseException | None = None
         self._waiting = deque(jobs)
@@ -33,6 +41,7 @@ class Batch:
         self._view: Bytes | None = view
         self._files = files
         self._on_done = on_done
+        self._run = run
         self._lock = threading.Lock()
 
     @property
@@ -50,7 +59,7 @@ class Batch:
         if self.error is None:
             assert self._view is not None
             try:
-                nbytes = job.run(self._view, self._files)
+                nbytes = self._run(job, self._view, self._files)
             except BaseException as caught:
                 error = caught
         self._end(1, nbytes, error)
@@ -101,6 +110,11 @@ class ReadQueue:
         """Leave out all jobs that nobody has taken, and all that are still to come."""
         with self._lock:
             self._closed = reason
+        self.abandon(reason)
+
+    def abandon(self, reason: BaseException) -> None:
+        """Leave out all jobs that nobody has taken."""
+        with self._lock:
             batches = list(self._batches.values())
             self._batches.clear()
         for batch in batches:

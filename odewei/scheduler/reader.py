@@ -1,28 +1,20 @@
 """Reads one unit into its slab, and makes tensors over it. Runs in reader threads, or in the caller's for the plain
 twin.
 
-Knows files, slabs, tensors. Knows nothing of asyncio, modules or what is read when. Direct reads need offset, length
-and address aligned, end short at the end of the file, and are refused by some file systems: those files are read
-through the page cache instead.
+Knows slabs and tensors, and files through their table. Knows nothing of asyncio, modules or what is read when.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
-import io
-import mmap
-import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from odewei.errors import OdeweiError, WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightsLoader
-from odewei.loaders.remote_file import RemoteFile
+from odewei.scheduler.file_table import FileTable, cannot_read, open_direct
 from odewei.scheduler.read_plan import (
     Cast,
     CopiedRead,
@@ -49,7 +41,6 @@ __all__ = [
     "tensors_over",
 ]
 
-_EIO_RETRIES = 2
 _CAST_BLOCK = (
     1 << 15
 )  # elements; torch copies fewer than this many on one thread, which is what a reader thread may use
@@ -92,124 +83,6 @@ class UnitReader(Protocol):
         """Tensors over the slab, after all jobs have run. They, and views of them, keep the slab's memory."""
 
 
-def open_direct(path: str, flags: int) -> int:
-    """An ``opener`` for direct reads, falling back to buffered ones where direct ones are refused."""
-    try:
-        return os.open(path, flags | getattr(os, "O_DIRECT", 0))
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-        return os.open(path, flags)
-
-
-class FileTable:
-    """The open files of one runtime, and a scratch buffer for each reader thread. Methods may be called from any
-    thread.
-
-    ``opener`` is that of the built-in ``open``. Whoever opens files in another way (aiofiles) puts them in with
-    ``keep``.
-    """
-
-    def __init__(self, *, direct: bool, scratch_bytes: int) -> None:
-        self.opener: Callable[[str, int], int] | None = open_direct if direct else None
-        self._scratch_bytes = scratch_bytes
-        self._open: dict[CheckpointFile, io.FileIO] = {}
-        self._buffered: dict[CheckpointFile, io.FileIO] = {}  # those that refused a direct read
-        self._lock = threading.Lock()
-        self._local = threading.local()
-
-    def is_open(self, file: CheckpointFile) -> bool:
-        """Whether it can be read as it is: a remote file is never open."""
-        return file in self._open or isinstance(file, RemoteFile)
-
-    def keep(self, file: CheckpointFile, opened: io.FileIO) -> None:
-        """Take over an open file; if another thread was first, close this one."""
-        with self._lock:
-            if self._open.setdefault(file, opened) is not opened:
-                opened.close()
-
-    def fd(self, file: CheckpointFile) -> int:
-        """The descriptor of a file, opened now if need be."""
-        if file in self._buffered:
-            return self._buffered[file].fileno()
-        if file not in self._open:
-            self.keep(file, open(file.path, "rb", buffering=0, opener=self.opener))  # noqa: SIM115
-        return self._open[file].fileno()
-
-    def read(self, file: CheckpointFile, buffers: Sequence[Bytes], offset: int, needed: int) -> None:
-        """Fill the buffers in turn from ``offset`` on, with at least ``needed`` bytes. Raises WeightReadError."""
-        if isinstance(file, RemoteFile):
-            file.read([buffer.data for buffer in buffers], offset, needed)
-            return
-        try:
-            found = self._read_fully(file, [buffer.data for buffer in buffers], offset, needed)
-            file.check_unchanged(self.fd(file))
-        except OSError as error:
-            raise cannot_read(file, error) from error
-        if found < needed:
-            raise WeightReadError(
-                f"the file ends {needed - found} bytes too early",
-                file=str(file.path),
-                cure="It was cut short while the model was using it: put the whole file back",
-            )
-
-    def scratch(self) -> Bytes:
-        """This thread's scratch buffer; it begins at a page."""
-        scratch: Bytes | None = getattr(self._local, "scratch", None)
-        if scratch is None:
-            scratch = self._local.scratch = np.frombuffer(mmap.mmap(-1, self._scratch_bytes), np.uint8)
-        return scratch
-
-    def close(self) -> None:
-        """Close all files. They are opened again when they are used again."""
-        with self._lock:
-            for table in (self._open, self._buffered):
-                while table:
-                    table.popitem()[1].close()
-
-    def _read_fully(self, file: CheckpointFile, buffers: list[memoryview], offset: int, needed: int) -> int:
-        found = failures = 0
-        while found < needed:
-            try:
-                count = os.preadv(self.fd(file), buffers, offset + found)
-            except OSError as error:
-                if error.errno == errno.EINVAL and self.opener is not None and file not in self._buffered:
-                    self._fall_back(file)  # refused here, or a short read has left an odd offset
-                elif error.errno == errno.EIO and failures < _EIO_RETRIES:
-                    failures += 1
-                else:
-                    raise
-                continue
-            if count == 0:
-                break
-            found += count
-            while buffers and count >= len(buffers[0]):
-                count -= len(buffers.pop(0))
-            if count:
-                buffers[0] = buffers[0][count:]
-        return found
-
-    def _fall_back(self, file: CheckpointFile) -> None:
-        """Read this file through the page cache from now on; a direct descriptor stays open for those reading from
-        it.
-        """
-        with self._lock:
-            if file not in self._buffered:
-                self._buffered[file] = open(file.path, "rb", buffering=0)  # noqa: SIM115
-
-    def __repr__(self) -> str:
-        return f"<FileTable of {len(self._open)} open files, {'direct' if self.opener else 'buffered'}>"
-
-
-def cannot_read(file: CheckpointFile, error: OSError) -> WeightReadError:
-    """What to raise when the system refuses to open or read a file."""
-    return WeightReadError(
-        f"the file cannot be read: {error.strerror or error}",
-        file=str(file.path),
-        cure="Check that the file is there and its disk is healthy; the next use tries again",
-    )
-
-
 class PlannedUnit:
     """A unit whose weights' places are known: the plan, done. A small unit's plan, which may be larger than the unit,
     is made each time that it is needed.
@@ -235,16 +108,17 @@ class PlannedUnit:
         return self.plan.placements
 
     def jobs(self) -> Sequence[Job]:
-        return [_PlannedJob(reads, self._loader) for reads in self.plan.jobs]
+        return [_PlannedJob(reads, self._loader, self._wanted) for reads in self.plan.jobs]
 
     def tensors(self, slab: Bytes) -> dict[str, torch.Tensor]:
         return tensors_over(slab, self.plan.placements)
 
 
 class _PlannedJob:
-    def __init__(self, reads: tuple[Read, ...], loader: WeightsLoader) -> None:
+    def __init__(self, reads: tuple[Read, ...], loader: WeightsLoader, wanted: Sequence[Wanted]) -> None:
         self._reads = reads
         self._loader = loader
+        self._wanted = wanted  # for messages
 
     def files(self) -> Sequence[CheckpointFile]:
         return list({read.file: None for read in self._reads if not isinstance(read, LoaderRead)})
@@ -253,6 +127,30 @@ class _PlannedJob:
         return sum(self._read(read, slab, files) for read in self._reads)
 
     def _read(self, read: Read, slab: Bytes, files: FileTable) -> int:
+        """One read; its errors name the first weight that it was for."""
+        try:
+            return self._fill(read, slab, files)
+        except OdeweiError as error:
+            weight = None if error.weight else next(self._weights_in(read), None)
+            if weight is None:
+                raise
+            raise type(error)(
+                error.problem, module=error.module, weight=weight, file=error.file, cure=error.cure
+            ) from error.__cause__
+
+    def _weights_in(self, read: Read) -> Iterator[str]:
+        """The weights of which some bytes are read, by the names that the model has for them."""
+        if isinstance(read, LoaderRead):
+            return
+        for wanted in self._wanted:
+            for info in [part.source for part in wanted.info.parts] or [wanted.info]:
+                span = info.span
+                if span is None or span.file != read.file:
+                    continue
+                if span.offset < read.offset + read.needed and read.offset < span.offset + span.nbytes:
+                    yield wanted.name
+
+    def _fill(self, read: Read, slab: Bytes, files: FileTable) -> int:
         match read:
             case PlacedRead():
                 target = slab[read.slab_offset : read.slab_offset + read.nbytes]

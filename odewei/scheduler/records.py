@@ -5,6 +5,7 @@ Plain data. Knows nothing of modules: ``UnitClient`` is all that the scheduler s
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from odewei.scheduler.forks import watch
 from odewei.scheduler.plan import Window
 from odewei.scheduler.reader import FileTable, UnitReader
 from odewei.scheduler.slabs import Slab
@@ -36,7 +38,32 @@ class UnitClient(Protocol):
         """
 
     def retract(self, unit: int) -> None:
-        """The unit leaves: drop every reference to its tensors."""
+        """The unit leaves: drop every reference to its tensors. After an interrupt it may be told so twice."""
+
+
+class _Flag:
+    """What threading.Event is to one thread that waits, without its Python code, which a signal handler that raises may
+    end in the middle.
+    """
+
+    __slots__ = ("_closed",)
+
+    def __init__(self) -> None:
+        self._closed = threading.Lock()
+        self._closed.acquire()
+
+    def set(self) -> None:
+        """Once, or again."""
+        with contextlib.suppress(RuntimeError):  # it is set already
+            self._closed.release()
+
+    def is_set(self) -> bool:
+        return not self._closed.locked()
+
+    def wait(self) -> None:
+        """To be called by one thread, once."""
+        self._closed.acquire()
+        self.set()
 
 
 class Waiter:
@@ -49,7 +76,7 @@ class Waiter:
 
     def __init__(self, unit: int, on_done: Callable[[], object] | None = None) -> None:
         self.unit = unit
-        self.done = threading.Event()
+        self.done = _Flag()
         self.error: BaseException | None = None
         self.since = time.perf_counter()
         self._on_done = on_done
@@ -95,6 +122,12 @@ class BusyTime:
         self._running = 0
         self._since = 0.0
         self._lock = threading.Lock()
+        watch(self)
+
+    def after_fork(self) -> None:
+        """In the child: no read of the parent's is one of its own."""
+        self._lock = threading.Lock()
+        self._running = 0
 
     @property
     def seconds(self) -> float:
@@ -171,6 +204,7 @@ class UnitRecord:
     on_demand: bool = False  # not expected to be used
     state: State = State.ABSENT
     leases: int = 0
+    held: int = 0  # those of them that belong to no frame
     ahead: bool = False  # fetched before its use, and not used since
     stays: bool = False  # never evicted (written to in place, or for good)
     slab: Slab | None = None

@@ -66,17 +66,31 @@ class Roster:
         limit = self.auto.changed(
             budget.limit_bytes,
             budget.used_bytes,
-            least_bytes=max((account.least_bytes for account in self.accounts), default=1)
-            + sum(account.pinned_bytes for account in self.accounts),
+            least_bytes=self.least_bytes,
             most_bytes=max(1, sum(account.most_bytes for account in self.accounts)),
         )
         if limit is not None:
             self.limit(limit)
 
+    @property
+    def least_bytes(self) -> int:
+        """What the models need at one moment, whatever happens."""
+        pinned = sum(account.pinned_bytes for account in self.accounts)
+        return pinned + max((account.least_bytes for account in self.accounts), default=1)
+
     def limit(self, nbytes: int) -> None:
         """Another budget."""
         self._pool.set_limit(nbytes)
         self._set_windows()
+
+    def begin_anew(self) -> None:
+        """Have the outlook know nothing but what is expected of these models."""
+        self._outlook.begin_anew()
+        for record in self.units.values():
+            if record.on_demand:
+                self._outlook.expect_at_random(record.id)
+        self._set_windows()
+        self._expect()
 
     def _expect(self) -> None:
         self._outlook.seed([unit for account in self.accounts for unit in account.order])

@@ -25,7 +25,8 @@ import torch
 from odewei.errors import ClosedError, OdeweiError
 from odewei.loaders.base import Span
 from odewei.loaders.remote_file import RemoteFile
-from odewei.scheduler.reader import FileTable, cannot_read
+from odewei.scheduler.file_table import FileTable, OpenFile
+from odewei.scheduler.observer import Observer
 from odewei.scheduler.row_slots import Ids, RowSlots
 from odewei.scheduler.slabs import Bytes, Slab, SlabPool, slab_bytes
 
@@ -121,6 +122,7 @@ class RowTable:
         self.place = place
         self.counters = RowCounters()
         self.busy: AbstractContextManager[Any] = nullcontext()  # entered while reading
+        self.observer: Observer | None = None
         self._pool = pool
         slots = RowSlots(place.slots_in(cache_bytes), place.rows).count
         owner = f"rows of {place.weight}"
@@ -167,6 +169,9 @@ class RowTable:
         """The rows that are cached, and the slots; None in place of these if all are. Other rows have no meaning."""
         place = self.place
         with here.lock:
+            if here.torn:
+                here.slots = RowSlots(here.slots.count, place.rows)
+                here.torn = False
             slots = here.slots.find(rows)
             self.counters.looked_up += len(rows)
             missing = len(rows) and slots.min() < 0
@@ -183,15 +188,20 @@ class RowTable:
         with self.busy:
             read = self._read(here.files, wanted)
         seconds = time.perf_counter() - started
+        if self.observer is not None:
+            nbytes = len(wanted) * self.place.stored_row_bytes
+            self.observer.looked_up(self.place.weight, started, started + seconds, nbytes)
         items = _items(read)
         if len(inverse) == len(found):
             np.take(items, inverse, out=_items(found), mode="clip")  # the same without a copy between
         else:
             _items(found)[missing] = items[inverse]
         with here.lock:
+            here.torn = True  # what ends this half way may leave slots without their rows
             slots = here.slots.put(wanted)
             if len(new := np.flatnonzero(slots >= 0)):
                 _items(here.memory)[slots[new]] = items[new]
+            here.torn = False
             self.counters.read += len(wanted)
             self.counters.bytes_read += len(wanted) * self.place.stored_row_bytes
             self.counters.seconds += seconds
@@ -211,19 +221,19 @@ class RowTable:
             for at, offset, nbytes in reads:
                 files.read(file, [target[at : at + nbytes]], offset, nbytes)
             return made if place.stored == place.dtype else made.to(place.dtype)
-        try:
-            fd = files.fd(file)
-        except OSError as error:
-            raise cannot_read(file, error) from error
-        for at, offset, nbytes in _announced(fd, reads):
-            part = target[at : at + nbytes]
-            try:
-                count = os.preadv(fd, [part.data], offset)
-            except OSError:
-                count = 0
-            if count != nbytes:
-                files.read(file, [part], offset, nbytes)  # knows what to do about it
-        file.check_unchanged(fd)  # after reading: rows of another file are never handed on
+
+        def fill(opened: OpenFile) -> None:
+            for at, offset, nbytes in _announced(opened.fd, reads):
+                part = target[at : at + nbytes]
+                try:
+                    count = os.preadv(opened.fd, [part.data], offset)
+                except OSError:
+                    count = 0
+                if count != nbytes:
+                    files.read(file, [part], offset, nbytes)  # knows what to do about it
+            file.check_unchanged(opened.fd)  # after reading: rows of another file are never handed on
+
+        files.use(file, fill)
         return made if place.stored == place.dtype else made.to(place.dtype)
 
     def _named(self, error: OdeweiError) -> OdeweiError:
@@ -251,6 +261,7 @@ class _Here:
     def __init__(self, place: TablePlace, slots: int, slab: Slab | None, pool: SlabPool) -> None:
         self.lock = threading.RLock()  # a finalizer may close the table in a thread that holds it
         self.slots = RowSlots(slots, place.rows)
+        self.torn = False
         self.files = FileTable(direct=False, scratch_bytes=1)
         self.memory = _matrix(slab, slots, place.row_bytes)
         self._slab = slab

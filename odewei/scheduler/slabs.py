@@ -17,12 +17,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 
 import numpy as np
 
 from odewei.scheduler.budget import Budget, Reservation
+from odewei.scheduler.forks import is_held_by_nobody_here
 from odewei.scheduler.host_memory import HUGE_PAGE, PAGE, Bytes, HostMemory
+from odewei.scheduler.whole import Books, whole
 
 __all__ = ["ALIGNMENT", "HUGE_PAGE", "PAGE", "Bytes", "Slab", "SlabPool", "round_up", "slab_bytes"]
 
@@ -47,12 +49,13 @@ def slab_bytes(nbytes: int) -> int:
 class Slab:
     """``nbytes`` bytes of host memory for one unit. Pages start at a page, small slabs at a multiple of 64."""
 
-    __slots__ = ("_memory", "_offset", "_source", "nbytes", "reservation")
+    __slots__ = ("_lent", "_memory", "_offset", "_source", "nbytes", "reservation", "uses")
 
     def __init__(self, nbytes: int, reservation: Reservation, source: HostMemory | None = None) -> None:
         """``source``: where its memory comes from."""
         self.nbytes = nbytes
         self.reservation = reservation
+        self.begin()
         self._source = source or HostMemory()
         self._memory, self._offset = self._source.allocate(nbytes)
 
@@ -63,6 +66,31 @@ class Slab:
     def about_to_fill(self) -> None:
         """The processor is going to write into it."""
         self._source.about_to_fill(self._memory)
+
+    def begin(self) -> None:
+        """It was never acquired yet."""
+        self.uses = 0  # how often it was acquired
+        self._lent: weakref.ref[object] | None = None
+
+    def note_lent(self, thing: object) -> None:
+        """``is_over`` asks about it."""
+        self._lent = weakref.ref(thing)
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether it was lent since it was acquired."""
+        return self._lent is not None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether what it was lent for is gone."""
+        return self._lent is not None and self._lent() is None
+
+    def begin_use(self, owner: str) -> None:
+        """It is acquired."""
+        self.uses += 1
+        self.reservation.owner = owner
+        self._lent = None
 
     def try_resize(self, nbytes: int, reservation: Reservation) -> bool:
         """Make a free slab of whole huge pages another size, keeping its pages: fresh ones have to be cleared first."""
@@ -81,7 +109,7 @@ class Slab:
         return f"<Slab of {self.nbytes} bytes for {self.reservation.owner}>"
 
 
-class SlabPool:
+class SlabPool(Books):
     """All slabs under one budget. Methods may be called from any thread.
 
     A slab is *in use* from ``acquire`` until the last view from ``lend`` has died, and *free* afterwards. It is
@@ -93,35 +121,38 @@ class SlabPool:
         self.budget = budget
         self.source = source or HostMemory()
         self.on_return: Callable[[], None] | None = None  # called by a finalizer: may take no lock
-        self._lock = threading.RLock()  # a finalizer may close the pool in a thread that holds it
+        self.lock = threading.RLock()  # a finalizer may close the pool in a thread that holds it
         self._free: dict[int, list[Slab]] = {}
         self._free_bytes = 0
         self._in_use: set[Slab] = set()
         self._leaving: set[Slab] = set()  # of those in use
         self._spare: dict[str, tuple[object, Reservation]] = {}
         self._spare_bytes = 0
-        self._returned: deque[Slab] = deque()
+        self._returned: deque[tuple[Slab, int]] = deque()  # with its use, which may be over already
         self._closed = False
         self.escapes = 0  # slabs that outlived their unit's eviction when the room was needed
 
+    @whole
     def room_bytes(self) -> int:
         """What ``acquire`` can deliver without going beyond the budget: unreserved bytes and those of free slabs."""
-        with self._lock:
+        with self.lock:
             self._drain()
             return self.budget.free_bytes + self._unneeded_bytes()
 
+    @whole
     def leaving_bytes(self) -> int:
         """Bytes of evicted units that somebody still holds on to."""
-        with self._lock:
+        with self.lock:
             self._drain()
             return sum(slab.nbytes for slab in self._leaving)
 
+    @whole
     def acquire(self, owner: str, nbytes: int, *, beyond_limit: bool = False) -> Slab | None:
         """A slab of exactly ``nbytes`` bytes; None if there is no room and ``beyond_limit`` was not asked for.
 
         Raises OSError, or torch.OutOfMemoryError for a device, if the system has no memory for it.
         """
-        with self._lock:
+        with self.lock:
             self._drain()
             slab = self._take_free(nbytes)
             if slab is None:
@@ -129,6 +160,9 @@ class SlabPool:
                     return None
                 slab = self._resized(owner, nbytes)
             if slab is None:
+                if nbytes > self.budget.free_bytes + self._unneeded_bytes():
+                    self._find_lost(self._in_use)
+                    self._drain()
                 self._unmap_free(nbytes)
                 reservation = self.budget.reserve(owner, nbytes, beyond_limit=beyond_limit)
                 try:
@@ -137,39 +171,56 @@ class SlabPool:
                     self.budget.release(reservation)
                     raise
             slab.about_to_fill()
-            slab.reservation.owner = owner
+            slab.begin_use(owner)
             self._in_use.add(slab)
             return slab
 
+    @whole
     def lend(self, slab: Slab) -> Bytes:
         """A fresh view of a filled slab. When it and every tensor over it have died, the slab is free."""
         view = slab.view()
-        weakref.finalize(view, self._give_back, slab).atexit = False
+        slab.note_lent(view)
+        weakref.finalize(view, self._give_back, slab, slab.uses).atexit = False
         return view
 
+    @whole
     def release(self, slab: Slab) -> None:
         """Give back a slab that was never lent (reading into it failed)."""
-        self._returned.append(slab)
-        with self._lock:
+        self._returned.append((slab, slab.uses))
+        with self.lock:
             self._drain()
 
+    @whole
+    def reclaim(self, owners: Container[str]) -> None:
+        """After an interrupt, when nothing is being read: slabs that these owners acquired and that were never lent
+        are free.
+        """
+        self._returned.extend(
+            (slab, slab.uses) for slab in self._in_use if not slab.is_lent and slab.reservation.owner in owners
+        )
+        self._drain()
+
+    @whole
     def mark_leaving(self, slab: Slab, owner: str) -> None:
         """The unit in ``slab`` was evicted: its bytes come back as soon as nobody holds them, or are back already."""
-        with self._lock:
+        with self.lock:
             self._drain()
             if slab in self._in_use and slab.reservation.owner == owner:
                 self._leaving.add(slab)
 
+    @whole
     def stop_expecting_leaving(self) -> None:
         """Those who hold memory of evicted units keep it (views that escaped): it counts as used until it is back."""
-        with self._lock:
+        with self.lock:
+            self._find_lost(self._leaving)
             self._drain()
             self.escapes += len(self._leaving)
             self._leaving.clear()
 
+    @whole
     def keep_spare(self, name: str, thing: object, nbytes: int) -> bool:
         """Keep something of ``nbytes`` bytes under ``name`` until the room is needed. False if there is no room now."""
-        with self._lock:
+        with self.lock:
             self._drain()
             if name in self._spare or nbytes > self.budget.free_bytes:
                 return False
@@ -177,37 +228,51 @@ class SlabPool:
             self._spare_bytes += nbytes
             return True
 
+    @whole
     def take_spare(self, name: str) -> object | None:
         """What was kept under ``name``, no longer counted; None if it is gone."""
-        with self._lock:
+        with self.lock:
             return self._drop_spare(name) if name in self._spare else None
 
+    @whole
     def set_limit(self, limit_bytes: int) -> None:
         """Change the budget, and unmap free slabs that a smaller one has no room for."""
-        with self._lock:
+        with self.lock:
             self.budget.set_limit(limit_bytes)
             self._drain()
             self._unmap_free(0)
 
+    @whole
     def reopen(self) -> None:
         """Use the pool again after ``close``."""
-        with self._lock:
+        with self.lock:
             self._closed = False
 
+    @whole
     def close(self) -> None:
         """Unmap every free slab; those in use follow when their last tensor dies."""
-        with self._lock:
+        with self.lock:
             self._closed = True
+            self._find_lost(self._in_use)
             self._drain()
             self._unmap_free(None)
 
     def is_held_by_caller(self) -> bool:
         """Whether this thread is inside a method of the pool."""
-        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+        return self.lock._is_owned()  # type: ignore[no-any-return]
 
+    def after_fork(self) -> bool:
+        """In the child: whether the pool is whole, because no other thread was in here."""
+        if not is_held_by_nobody_here(self.lock):
+            return True
+        self.lock = threading.RLock()
+        self._changing = False
+        return False
+
+    @whole
     def check_invariants(self) -> None:
         """Raise AssertionError unless every reserved byte is that of exactly one slab or other reservation."""
-        with self._lock:
+        with self.lock:
             self._drain()
             self.budget.check_invariants()
             free = [slab for slabs in self._free.values() for slab in slabs]
@@ -218,22 +283,24 @@ class SlabPool:
             in_use = sum(slab.nbytes for slab in self._in_use)
             assert in_use + self._unneeded_bytes() == self.budget.used_bytes, "a reserved byte has no owner"
 
-    def _give_back(self, slab: Slab) -> None:
+    def _give_back(self, slab: Slab, use: int) -> None:
         """Finalizer of a lent view: any thread, any moment; it waits for no lock."""
-        self._returned.append(slab)
+        self._returned.append((slab, use))
         if self._closed:
             slab.unmap()
-            if not self.is_held_by_caller() and self._lock.acquire(blocking=False):
+            if not self.is_held_by_caller() and self.lock.acquire(blocking=False):
                 try:
                     self._drain()  # nobody else may ever come by
                 finally:
-                    self._lock.release()
+                    self.lock.release()
         elif self.on_return is not None:
             self.on_return()
 
     def _drain(self) -> None:
         while self._returned:
-            slab = self._returned.popleft()
+            slab, use = self._returned.popleft()
+            if slab not in self._in_use or slab.uses != use:
+                continue  # it was found before
             self._in_use.remove(slab)
             self._leaving.discard(slab)
             self._recycle(slab)
@@ -248,6 +315,23 @@ class SlabPool:
 
     def _new(self, nbytes: int, reservation: Reservation) -> Slab:
         return Slab(nbytes, reservation, self.source)
+
+    def _find_lost(self, slabs: Iterable[Slab]) -> None:
+        """An interrupt in a finalizer ends it: the slab is free all the same."""
+        self._returned.extend((slab, slab.uses) for slab in slabs if slab.is_over)
+
+    def _mend(self) -> None:
+        """From the slabs in use, the free ones and the spares; one that is none of these any more is gone."""
+        free = {slab for slabs in self._free.values() for slab in slabs} - self._in_use
+        self._free = {}
+        for slab in free:
+            self._free.setdefault(slab.nbytes, []).append(slab)
+        self._free_bytes = sum(slab.nbytes for slab in free)
+        self._leaving &= self._in_use
+        self._spare_bytes = sum(reservation.nbytes for _, reservation in self._spare.values())
+        spare = [reservation for _, reservation in self._spare.values()]
+        self.budget.restate([*(slab.reservation for slab in self._in_use | free), *spare])
+        self._find_lost(self._in_use)
 
     def _take_free(self, nbytes: int) -> Slab | None:
         slabs = self._free.get(nbytes)

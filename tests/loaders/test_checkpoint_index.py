@@ -115,3 +115,11 @@ def test_a_missing_index_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no\.json") as caught:
         read_index(tmp_path / "no.json", tmp_path)
     assert isinstance(caught.value, CheckpointNotFoundError)
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    """A name of more than a thousand letters is refused in a message that is shorter than it."""
+    (tmp_path / "i.json").write_text(json.dumps({"weight_map": {"a": "x" * 1001}}))
+    with pytest.raises(CorruptCheckpointError, match="no name of a file") as caught:
+        read_index(tmp_path / "i.json", tmp_path)
+    assert len(str(caught.value)) < 800

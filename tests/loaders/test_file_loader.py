@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError, WeightReadError
 from odewei.loaders import CheckpointFile, SafetensorsLoader, WeightInfo
-from odewei.loaders.file_loader import no_duplicates, open_header
+from odewei.loaders.file_loader import open_header
+from odewei.loaders.json_pairs import no_duplicates
 
 from .conformance import bits, random_tensor, read_bytes
 

@@ -326,3 +326,21 @@ def test_metadata_about_heads_that_are_no_numbers_are_refused(tmp_path: Path) ->
         (tmp_path / "m.gguf").write_bytes(gguf_bytes(ONE, (key + values,)))
         with pytest.raises(CorruptCheckpointError, match="heads of attention"):
             GgufLoader(tmp_path / "m.gguf").weights()
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    """A small file cannot have weights of any size by having many of them in one place."""
+    place = struct.pack("<I2Q", 1, 32, 0)[:12] + struct.pack("<IQ", 0, 0)
+    tensors = b"".join(struct.pack("<Q", 1) + name + place for name in (b"a", b"b"))
+    head = b"GGUF" + struct.pack("<IQQ", 3, 2, 0) + tensors
+    (tmp_path / "m.gguf").write_bytes(head + bytes(-len(head) % 32) + bytes(128))
+    with pytest.raises(CorruptCheckpointError, match=r"overlaps 'a'.*'b'"):
+        GgufLoader(tmp_path / "m.gguf").weights()
+
+
+def test_metadata_with_a_name_twice_are_refused(tmp_path: Path) -> None:
+    """Which of two alignments counts is nobody's guess; llama.cpp refuses them too."""
+    entry = struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, 32)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + entry * 2 + bytes(32))
+    with pytest.raises(CorruptCheckpointError, match=r"'general\.alignment' twice"):
+        GgufLoader(tmp_path / "m.gguf").weights()

@@ -222,11 +222,23 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
     """Many names for one piece of deflated zeros are how a zip bomb is made."""
     path = tmp_path / "m.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.npy", npy(shape=(10_000,), data=bytes(40_000)))
         archive.writestr("b.npy", npy(shape=(10_000,), data=bytes(40_000)))
-        begin = archive.getinfo("a.npy").header_offset
-    patched(path, "b.npy", header_offset=begin)
-    with pytest.raises(CorruptCheckpointError, match="overlaps"):
+        archive.fp.flush()  # type: ignore[union-attr]
+        inner = path.read_bytes()  # as it lies in an archive
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", npy(descr="|u1", shape=(len(inner),), data=inner), zipfile.ZIP_STORED)
+        archive.writestr("b.npy", npy(shape=(10_000,), data=bytes(40_000)))
+    patched(path, "b.npy", header_offset=path.read_bytes().index(inner))
+    with pytest.raises(CorruptCheckpointError, match=r"'b\.npy' overlaps 'a\.npy'"):
+        NumpyLoader(path).weights()
+
+
+def test_entries_with_two_names_are_refused(tmp_path: Path) -> None:
+    """What the directory calls an entry is what stands before its data; NumPy refuses it too."""
+    path = tmp_path / "m.npz"
+    np.savez(path, w=np.zeros(2))
+    path.write_bytes(path.read_bytes().replace(b"w.npy", b"x.npy", 1))
+    with pytest.raises(CorruptCheckpointError, match=r"'w\.npy' has another name where its data are"):
         NumpyLoader(path).weights()
 
 
@@ -324,3 +336,28 @@ def test_mutilated_files_are_never_judged_laxer_than_by_numpy(
         assert reference is not None
         native = reference.astype(reference.dtype.newbyteorder("="))
         assert_same(NumpyLoader(path)("module", ["w"])["w"], torch.from_numpy(native))
+
+
+def test_an_entry_without_a_name_is_the_array_without_one(tmp_path: Path) -> None:
+    """A name of no letters is a name (zipfile itself stumbles over it)."""
+    with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive:
+        archive.writestr(zipfile.ZipInfo(""), npy())
+    found = NumpyLoader(tmp_path / "m.npz")("module", [""])
+    assert bits(found[""]) == b"12345678"
+
+
+def test_an_archive_behind_something_else_is_refused(tmp_path: Path) -> None:
+    """A file that is two things at once is none: NumPy looks at the beginning, zipfile at the end."""
+    np.savez(tmp_path / "m.npz", w=np.zeros(2))
+    (tmp_path / "m.npz").write_bytes(b"\x80\x04N." + (tmp_path / "m.npz").read_bytes())
+    with pytest.raises(CorruptCheckpointError, match="no archive of NumPy"):
+        NumpyLoader(tmp_path / "m.npz").weights()
+
+
+@pytest.mark.parametrize("bit", [0x1, 0x20, 0x40])
+def test_entries_that_are_encrypted_or_patches_are_refused(bit: int, tmp_path: Path) -> None:
+    """Their bytes are not the array's."""
+    np.savez(tmp_path / "m.npz", w=np.zeros(2))
+    patched(tmp_path / "m.npz", "w.npy", flag_bits=bit)
+    with pytest.raises(CheckpointError, match="encrypted"):
+        NumpyLoader(tmp_path / "m.npz").weights()

@@ -82,7 +82,7 @@ class FakeClient:
 
     def retract(self, unit: int) -> None:
         with self._changed:
-            del self.bound[unit]
+            self.bound.pop(unit, None)
             self._changed.notify_all()
 
     def weight(self, unit: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """What holds for both drivers, the plain and the prefetching one; and what holds for the plain one."""
 
+import errno
 import sys
 import threading
 from itertools import count
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from odewei.errors import ClosedError, MissingWeightError, OdeweiError, WeightReadError
+from odewei.scheduler.host_memory import HostMemory
 from odewei.scheduler.reader import Resized
 from odewei.scheduler.records import BusyTime
 from odewei.scheduler.states import State
@@ -225,3 +227,24 @@ def test_busy_time_counts_overlaps_once(monkeypatch: pytest.MonkeyPatch) -> None
         pass
     assert busy.seconds == 3
     assert Resized(77).nbytes == 77
+
+
+@both
+def test_a_shortage_that_passes_leaves_a_budget_that_works(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory for the very first unit a forward is told; afterwards the smallest budget that works is there."""
+
+    def none(source: HostMemory, nbytes: int) -> object:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    def prepare(setup: Setup) -> None:
+        setup.account.least_bytes = PAGE
+        monkeypatch.setattr(HostMemory, "allocate", none)
+
+    with started([PAGE] * 3, 3 * PAGE, prepare, depth=depth) as setup:
+        with pytest.raises(WeightReadError, match="no memory"):
+            setup.enter(1)
+        monkeypatch.undo()
+        for _ in range(2):
+            setup.run_pass()
+        setup.check()
+        assert setup.budget.overdrafts == 0

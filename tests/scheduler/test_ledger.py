@@ -185,7 +185,7 @@ def test_a_forward_that_collects_its_model_under_a_lock_does_not_hang(
             hung.append(thread.is_alive())
 
         monkeypatch.setattr(thread, "join", join_a_while)
-        with setup.ledger.lock if which == "ledger" else setup.pool._lock:
+        with setup.ledger.lock if which == "ledger" else setup.pool.lock:
             setup.driver.close()
         monkeypatch.undo()
     assert not any(hung)

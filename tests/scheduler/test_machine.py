@@ -1,13 +1,17 @@
 """A limit that follows what the machine can spare, and residents that follow the limit."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
+from odewei.errors import OptionsError
 from odewei.scheduler.budget import Budget
 from odewei.scheduler.drivers import SynchronousDriver
 from odewei.scheduler.ledger import Ledger
-from odewei.scheduler.machine import FOR_WEIGHTS, AutoLimit, available_bytes
+from odewei.scheduler.machine import FOR_WEIGHTS, AutoLimit, Ceiling, available_bytes, check_room
 from odewei.scheduler.plan import Window
 from odewei.scheduler.records import Account
 from odewei.scheduler.slabs import SlabPool
@@ -144,3 +148,65 @@ def test_what_one_step_needs_is_never_given_up() -> None:
     machine.seconds += 1
     ledger.adapt()
     assert pool.budget.limit_bytes == 5 * PAGE
+
+
+MIB = 1 << 20
+ROOMY = Ceiling("the machine's memory", 1000 * MIB, 10 * MIB, 900 * MIB)
+GROUP = Ceiling("the group's limit", 500 * MIB, 100 * MIB, 200 * MIB)
+
+
+def test_a_budget_that_a_limit_never_allows_is_refused() -> None:
+    """Beyond what the lowest limit leaves besides the process's own memory: an error with limit, size and cure."""
+    check_room(150 * MIB, 0, [ROOMY, GROUP])
+    with pytest.raises(OptionsError, match="the group's limit is 500 MiB") as caught:
+        check_room(401 * MIB, 0, [ROOMY, GROUP])
+    assert "400 MiB" in str(caught.value.cure)
+    assert "auto" in str(caught.value.cure)
+
+
+def test_a_budget_that_others_are_in_the_way_of_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Between what is left now and what the limit allows there is a warning, and no error; below both nothing."""
+    check_room(400 * MIB, 0, [ROOMY, GROUP])
+    assert "only 200 MiB are left" in caplog.text
+    caplog.clear()
+    check_room(200 * MIB, 0, [ROOMY, GROUP])
+    assert not caplog.text
+
+
+def test_what_weights_hold_already_is_theirs(caplog: pytest.LogCaptureFixture) -> None:
+    """A second model under a budget whose memory is in use is not asked for that memory again."""
+    check_room(450 * MIB, 50 * MIB, [GROUP])
+    caplog.clear()
+    check_room(250 * MIB, 50 * MIB, [GROUP])
+    assert not caplog.text
+    with pytest.raises(OptionsError):
+        check_room(451 * MIB, 50 * MIB, [GROUP])
+
+
+_LIMITED = """
+import resource, sys, torch
+from torch import nn
+import odewei
+from odewei.scheduler.machine import available_bytes
+from odewei.torch import init_on_demand_weights_model
+size = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), -1))
+assert available_bytes() <= 64 << 20, available_bytes()
+def build():
+    with torch.device("meta"):
+        return nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(4)))
+def load(module, names):
+    return {name: torch.zeros(4096, 4096) for name in names}
+try:
+    init_on_demand_weights_model(build, load, memory_budget="256MiB")
+except odewei.errors.OptionsError as error:
+    assert "ulimit -v" in str(error), error
+    sys.exit(7)
+"""
+
+
+def test_the_limit_of_the_process_counts() -> None:
+    """Under a real RLIMIT_AS "auto" sees what is left, and a budget beyond it is refused when the model is built."""
+    command = [sys.executable, "-c", _LIMITED]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, timeout=60, env=environment, check=False).returncode == 7

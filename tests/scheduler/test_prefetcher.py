@@ -268,6 +268,66 @@ def test_memory_that_comes_back_wakes_the_driver() -> None:
         assert (setup.pool.escapes, setup.budget.overdrafts) == (0, 0)
 
 
+class NoThreads:
+    """The system starts no thread whose name begins with ``prefix``, as long as ``on``."""
+
+    def __init__(self, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.prefix, self.on, self.refused = prefix, True, 0
+        self._start = threading.Thread.start
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: self.start(thread))
+
+    def start(self, thread: threading.Thread) -> None:
+        if self.on and thread.name.startswith(self.prefix):
+            self.refused += 1
+            raise RuntimeError("can't start new thread")
+        self._start(thread)
+
+
+def test_without_reader_threads_a_forward_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets an error with the cure instead of waiting for ever; when there is a thread again it goes on."""
+    system = NoThreads("odewei-reader", monkeypatch)
+    with started([PAGE] * 3, 3 * PAGE, depth=1) as setup:
+        for unit in (0, 2):
+            error = Forward(lambda unit=unit: setup.visit(unit)).join()
+            assert isinstance(error, WeightReadError)
+            assert "ulimit -u" in str(error)
+        assert system.refused
+        system.on = False
+        setup.run_pass()
+
+
+def test_one_reader_thread_does_the_work_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system starts one reader and refuses the others, every read is done."""
+    system = NoThreads("odewei-reader", monkeypatch)
+    system.on = False
+    with started([PAGE] * 4, 4 * PAGE, gate(0), depth=3, num_readers=3) as setup:
+        wait_started(setup, 0)
+        system.on = True
+        forwards = [Forward(lambda unit=unit: setup.visit(unit)) for unit in range(4)]
+        let_go(setup, 0)
+        assert [forward.join() for forward in forwards] == [None] * 4
+
+
+@pytest.mark.parametrize("what", ["thread", "loop"])
+def test_a_scheduler_that_cannot_start_says_so(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread, or no descriptors for its loop: an error with the cure, and nothing is left behind."""
+
+    def no_loop() -> asyncio.AbstractEventLoop:
+        raise OSError(24, "Too many open files")
+
+    if what == "loop":
+        monkeypatch.setattr(asyncio, "new_event_loop", no_loop)
+        with pytest.raises(ModelError, match="ulimit -n"):
+            Setup([PAGE], PAGE, depth=1)
+        return
+    NoThreads("odewei-scheduler", monkeypatch)
+    setup = Setup([PAGE], PAGE, depth=1)
+    with pytest.raises(ModelError, match="ulimit -n"):
+        setup.driver.start()
+    setup.driver.close()
+    assert setup.budget.used_bytes == 0
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_files_are_opened_and_read_in_reader_threads(tmp_path: Path, exists: bool) -> None:
     """Weights in files arrive whole; a file that is gone is an error that names it, and the next try finds it again."""

@@ -9,7 +9,7 @@ import pytest
 
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.read_queue import Batch, ReadQueue
-from odewei.scheduler.reader import FileTable
+from odewei.scheduler.reader import FileTable, Job
 from odewei.scheduler.slabs import Bytes
 
 FILES = FileTable(direct=False, scratch_bytes=4096)
@@ -30,6 +30,10 @@ class LoggedJob:
         return 10
 
 
+def run_plainly(job: Job, slab: Bytes, files: FileTable) -> int:
+    return job.run(slab, files)
+
+
 class Log(list[str]):
     """What ran, and which batches are done."""
 
@@ -39,7 +43,7 @@ class Log(list[str]):
     def batch(self, name: str, jobs: int = 2, then: Callable[[], None] = lambda: None) -> Batch:
         view = np.zeros(1, np.uint8)
         made = [LoggedJob(f"{name}{index}", self, then) for index in range(jobs)]
-        return Batch(made, view, FILES, lambda: self.done.append(name))
+        return Batch(made, view, FILES, lambda: self.done.append(name), run_plainly)
 
 
 def test_batches_are_read_in_order_and_the_urgent_ones_first() -> None:
@@ -87,7 +91,7 @@ def test_a_batch_lets_go_of_its_slab_when_it_is_done() -> None:
     view = np.zeros(1, np.uint8)
     alive = weakref.ref(view)
     seen: list[object] = []
-    batch = Batch([LoggedJob("a", [])], view, FILES, lambda: seen.append(alive()))
+    batch = Batch([LoggedJob("a", [])], view, FILES, lambda: seen.append(alive()), run_plainly)
     del view
     queue = ReadQueue()
     queue.put("a", batch)

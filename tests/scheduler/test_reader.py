@@ -1,6 +1,7 @@
 """Reading when disks and files misbehave: faults at the seam to the system."""
 
 import errno
+import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +25,21 @@ Preadv = Callable[[int, Sequence[memoryview], int], int]
 
 
 class System:
-    """Stands before ``os.preadv``. ``faults`` are raised in turn; then at most ``most`` bytes come at a time."""
+    """Stands before ``os.preadv``. After ``skipped`` calls ``faults`` are raised in turn; then at most ``most`` bytes
+    come at a time.
+    """
 
     def __init__(self, preadv: Preadv) -> None:
         self._preadv = preadv
         self.faults: list[int] = []
+        self.skipped = 0  # calls before the first fault
         self.most = 1 << 30
         self.calls: list[tuple[int, int]] = []  # file descriptor, offset
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         self.calls.append((fd, offset))
-        if self.faults:
+        self.skipped -= 1
+        if self.faults and self.skipped < 0:
             raise OSError(self.faults[0], os.strerror(self.faults.pop(0)))
         room = itertools.accumulate(
             (len(buffer) for buffer in buffers), lambda left, size: left - size, initial=self.most
@@ -76,6 +81,11 @@ def unit_of(file: CheckpointFile, *, direct: bool, nbytes: int = NBYTES) -> Plan
     return PlannedUnit([Wanted("w", info, torch.uint8)], ReadSettings(direct), NoLoader())
 
 
+def run_all(unit: PlannedUnit, files: FileTable) -> None:
+    for job in unit.jobs():
+        job.run(np.zeros(unit.nbytes, np.uint8), files)
+
+
 class NoLoader(WeightsLoader):
     """Delivers nothing; ``error`` is what it raises."""
 
@@ -98,16 +108,17 @@ def test_short_reads_go_on_where_they_ended(system: System, files: FileTable, fi
     assert len(system.calls) >= NBYTES // most
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINTR])
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_passing_disk_error_is_tried_again(
-    system: System, files: FileTable, file: CheckpointFile, failures: int
+    system: System, files: FileTable, file: CheckpointFile, failures: int, code: int
 ) -> None:
-    """An EIO or two are survived."""
-    system.faults = [errno.EIO] * failures
+    """An EIO or EINTR, or two, are survived."""
+    system.faults = [code] * failures
     assert read_all(files, file) == file.path.read_bytes()
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.EBADMSG])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINTR, errno.EBADMSG, errno.ESTALE])
 def test_a_lasting_disk_error_names_the_file(system: System, files: FileTable, file: CheckpointFile, code: int) -> None:
     """Tries are bounded; the error names the file and chains the system's. Later reads are not affected."""
     system.faults = [code] * 3
@@ -115,7 +126,7 @@ def test_a_lasting_disk_error_names_the_file(system: System, files: FileTable, f
         read_all(files, file)
     assert caught.value.file == str(file.path)
     assert isinstance(caught.value.__cause__, OSError)
-    assert len(system.calls) == (3 if code == errno.EIO else 1)
+    assert len(system.calls) == (3 if code in (errno.EIO, errno.EINTR) else 1)
     system.faults = []
     assert read_all(files, file) == file.path.read_bytes()
 
@@ -205,15 +216,99 @@ def test_a_file_that_is_not_the_same_any_more_is_noticed(
     assert caught.value.file == str(file.path)
 
 
-@pytest.mark.parametrize("change", [cut, touch])
+@pytest.mark.parametrize("change", [cut, touch, replace, remove])
 def test_a_file_that_changes_while_it_is_open_is_noticed(
     files: FileTable, file: CheckpointFile, change: Callable[[Path], None]
 ) -> None:
-    """A change under the open descriptor is noticed by the next read."""
+    """A change under the open descriptor, or of what its path leads to, is noticed by the next read."""
     read_all(files, file)
     change(file.path)
-    with pytest.raises(WeightReadError, match="changed"):
+    with pytest.raises(WeightReadError, match=r"original file back"):
         read_all(files, file)
+
+
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_a_file_that_is_put_back_is_found_again(files: FileTable, file: CheckpointFile, opened_before: bool) -> None:
+    """Another file at its path is refused, however often; when the original is there again it is read."""
+    right = file.path.read_bytes()
+    if opened_before:
+        assert read_all(files, file) == right
+    file.path.rename(file.path.with_name("aside"))
+    file.path.write_bytes(bytes(NBYTES))
+    for _ in range(2):
+        with pytest.raises(WeightReadError):
+            read_all(files, file)
+    file.path.with_name("aside").rename(file.path)
+    assert read_all(files, file) == right
+
+
+@pytest.mark.usefixtures("no_new_files")
+def test_after_an_error_no_file_is_left_open(system: System, files: FileTable, file: CheckpointFile) -> None:
+    """After a failure the descriptor is closed with the error, and the next read opens the file again."""
+    before = set(os.listdir("/proc/self/fd"))
+    system.faults = [errno.ESTALE]
+    with pytest.raises(WeightReadError, match="again"):
+        read_all(files, file)
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert read_all(files, file) == file.path.read_bytes()
+    files.close()
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EBADF, errno.ESPIPE])
+def test_a_descriptor_that_was_lost_is_opened_again(
+    system: System, files: FileTable, file: CheckpointFile, code: int
+) -> None:
+    """One from an earlier read that fails now is given up, and the read succeeds with a fresh one."""
+    assert read_all(files, file) == file.path.read_bytes()
+    system.faults = [code]
+    assert read_all(files, file) == file.path.read_bytes()
+    fd = files.opened(file).fd
+    os.close(fd)
+    stranger = os.open(os.devnull, os.O_RDONLY)  # may have got its number
+    assert read_all(files, file) == file.path.read_bytes()
+    if stranger != fd:
+        os.close(stranger)
+
+
+def test_a_file_given_up_is_not_closed_under_a_reader(files: FileTable, file: CheckpointFile) -> None:
+    """Whoever has the descriptor goes on with it; the next one gets another."""
+    mine = files.opened(file)
+    files.give_up(file)
+    assert os.fstat(mine.fd).st_ino == file.inode
+    assert files.opened(file).fd != mine.fd
+
+
+@pytest.mark.parametrize(
+    ("code", "cure"), [(errno.EMFILE, "ulimit -n"), (errno.ENOMEM, "ulimit -v"), (errno.ESTALE, "mount")]
+)
+def test_the_cure_is_that_of_the_cause(system: System, file: CheckpointFile, code: int, cure: str) -> None:
+    """Too many files, too little memory and a lost network file ask for different things; the weight is named."""
+    files = FileTable(direct=False, scratch_bytes=PAGE)
+    unit = unit_of(file, direct=False)
+    system.faults = [code]
+    with pytest.raises(WeightReadError, match=cure) as caught:
+        unit.jobs()[0].run(np.zeros(unit.nbytes, np.uint8), files)
+    assert (caught.value.weight, caught.value.file) == ("w", str(file.path))
+    assert isinstance(caught.value.__cause__, OSError)
+    files.close()
+
+
+def test_the_weight_whose_bytes_fail_is_named(system: System, file: CheckpointFile, tmp_path: Path) -> None:
+    """Of a unit of several weights, the error names the one that the failing read was for."""
+    (tmp_path / "other").write_bytes(bytes(NBYTES))
+    both = {"a": file, "b": CheckpointFile.stat(tmp_path / "other")}
+    infos = [WeightInfo(name, torch.uint8, (NBYTES,), Span(one, 0, NBYTES)) for name, one in both.items()]
+    unit = PlannedUnit([Wanted(i.name, i, torch.uint8) for i in infos], ReadSettings(False), NoLoader())
+    named = {}
+    for skipped in range(len(both)):
+        files = FileTable(direct=False, scratch_bytes=PAGE)
+        system.skipped, system.faults = skipped, [errno.EBADMSG]
+        with pytest.raises(WeightReadError) as caught:
+            run_all(unit, files)
+        named[caught.value.weight] = caught.value.file
+        files.close()
+    assert named == {name: str(one.path) for name, one in both.items()}
 
 
 def test_a_header_that_promises_too_much_is_noticed(files: FileTable, file: CheckpointFile) -> None:
@@ -225,12 +320,12 @@ def test_a_header_that_promises_too_much_is_noticed(files: FileTable, file: Chec
 def test_a_table_opens_each_file_once_and_again_after_close(files: FileTable, file: CheckpointFile) -> None:
     """A descriptor is kept and shared; the loser of a race to open is closed; after close it is opened anew."""
     assert not files.is_open(file)
-    fd = files.fd(file)
+    fd = files.opened(file).fd
     assert files.is_open(file)
     late = open(file.path, "rb", buffering=0)  # noqa: SIM115
     files.keep(file, late)
     assert late.closed
-    assert files.fd(file) == fd
+    assert files.opened(file).fd == fd
     files.close()
     files.close()
     assert not files.is_open(file)

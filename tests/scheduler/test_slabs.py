@@ -149,7 +149,7 @@ def test_the_last_reference_may_die_in_any_thread_and_under_the_lock() -> None:
     woken = threading.Event()
     pool.on_return = woken.set
     held = [lent_tensor(pool, acquired(pool, 4 * KIB)), lent_tensor(pool, acquired(pool, 4 * KIB))]
-    with pool._lock:
+    with pool.lock:
         held.pop()
         assert woken.is_set()
         woken.clear()

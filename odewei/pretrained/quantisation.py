@@ -1,0 +1,106 @@
+"""Quantised checkpoints of transformers: their modules hold what the checkpoint has, or it is dequantised on reading.
+
+Knows which methods can stream: those whose weights are used as they are stored, or computed from their sources one
+weight at a time. A method that changes all weights once they are in memory cannot.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from odewei.errors import CheckpointError, MissingPackageError
+from odewei.survey import walk
+
+__all__ = ["STREAMED", "find_quantiser", "have_parameters_hold_what_is_packed"]
+
+STREAMED = frozenset({"bitnet", "fp8", "mxfp4"})
+"""The methods that are streamed, as config.json calls them: those that were tried."""
+
+_DEQUANTISED = frozenset({"fp8", "mxfp4"})
+_PACKAGES = {
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "torchao": "torchao",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "aqlm": "aqlm",
+    "eetq": "kernels",
+    "mxfp4": "kernels",
+}
+_NAMED = re.compile(r"pip install (?:-U |--upgrade )?[`'\"]?([A-Za-z][\w.-]*)")
+
+
+def find_quantiser(config: Any, folder: Path, device: torch.device) -> tuple[Any, Any]:
+    """Transformers' quantiser for the configuration, None where the checkpoint is not quantised, and the configuration
+    that it makes of it. For the CPU, what only accelerators compute with is dequantised.
+
+    Raises MissingPackageError, CheckpointError for a method that cannot be streamed, or does not run here.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        settings = getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    if settings is None:
+        return None, config
+    method = _method(settings)
+    file = str(folder / "config.json")
+    if device.type == "cpu" and method in _DEQUANTISED and isinstance(settings, dict):
+        config.quantization_config = {**settings, "dequantize": True}
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    try:
+        quantiser, config, _ = get_hf_quantizer(config, None, None, True, {})
+    except ImportError as error:
+        named = _NAMED.search(str(error))
+        package = named.group(1) if named else _PACKAGES.get(method, method)
+        raise MissingPackageError(
+            f"the checkpoint is quantised ({method}), and its modules need the package {package!r}",
+            file=file,
+            cure=f"pip install {package}",
+        ) from error
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint is quantised ({method}), which does not run here: {str(error).splitlines()[0][:300]}",
+            file=file,
+            cure="Use a checkpoint that is not quantised, or a machine that the method runs on",
+        ) from error
+    if quantiser is None:
+        raise CheckpointError(
+            f"the checkpoint is quantised in a way that the installed transformers does not know: {method!r}",
+            file=file,
+            cure="Install a newer transformers, or use a checkpoint that is not quantised",
+        )
+    if method not in STREAMED:
+        raise CheckpointError(
+            f"a checkpoint quantised by {method} cannot be streamed: its weights are put together, or changed, by its "
+            "own code once all of them are in memory",
+            file=file,
+            cure=f"Use one that is not quantised, or quantised by {', '.join(sorted(STREAMED))}",
+        )
+    return quantiser, config
+
+
+def have_parameters_hold_what_is_packed(model: nn.Module) -> None:
+    """Make the persistent buffers of a quantised model without weights parameters: they are its weights, in a form that
+    its modules keep as buffers, which stay in memory.
+    """
+    for _, module, _ in walk(model):
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.numel() > 1 and name not in module._non_persistent_buffers_set:
+                del module._buffers[name]
+                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+
+def _method(settings: Any) -> str:
+    found = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if found is None and isinstance(settings, dict):
+        found = next((f"bitsandbytes_{bits}bit" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), None)
+    return str(getattr(found, "value", found))

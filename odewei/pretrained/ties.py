@@ -1,0 +1,61 @@
+"""Which weights of a model of transformers are one: those that its configuration ties, as far as the checkpoint agrees.
+
+A checkpoint may have both names of a tied weight. Where their values are equal they are one weight; where not, the
+checkpoint counts and not the configuration, as in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from odewei.loaders.base import Span, WeightInfo, WeightsLoader
+from odewei.loaders.file_loader import read_span
+from odewei.loaders.tensors import read_tensor
+
+__all__ = ["tie"]
+
+_PIECE_NBYTES = 1 << 20
+
+
+def tie(model: Any, names: Iterable[str], loader: WeightsLoader) -> set[str]:
+    """Tie what is to be tied in the model without weights; ``names`` are those of its state dictionary.
+
+    Returns the names for which ``loader`` then has nothing. Reads weights only where both names of a pair are in the
+    checkpoint, a piece at a time.
+    """
+    known = loader.weights()
+    missing = set(names) - known.keys()
+    pairs: Mapping[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    for target, source in pairs.items():
+        if target in known and source in known:
+            if _have_same_values(loader, known[target], known[source]):
+                missing.add(target)
+            else:
+                model.all_tied_weights_keys.pop(target)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    return missing
+
+
+def _have_same_values(loader: WeightsLoader, one: WeightInfo, other: WeightInfo) -> bool:
+    if one.shape != other.shape:
+        return False
+    spans = one.span, other.span
+    if (one.dtype, one.stride) != (other.dtype, other.stride) or None in spans:
+        return torch.equal(read_tensor(loader, one), read_tensor(loader, other))
+    return spans[0] == spans[1] or all(
+        _piece(one, start) == _piece(other, start) for start in range(0, one.nbytes, _PIECE_NBYTES)
+    )
+
+
+def _piece(info: WeightInfo, start: int) -> bytearray:
+    assert info.span is not None
+    nbytes = min(_PIECE_NBYTES, info.nbytes - start)
+    span = Span(info.span.file, info.span.offset + start, nbytes)
+    piece = bytearray(nbytes)
+    flat = replace(info, dtype=torch.uint8, shape=(nbytes,), span=span, stride=None)
+    read_span(flat, memoryview(piece))
+    return piece

@@ -1,0 +1,217 @@
+"""The open files of one runtime, and how bytes are read from them when disks and files misbehave.
+
+Knows files and descriptors. Knows nothing of weights or units. Direct reads need offset, length and address aligned,
+end short at the end of the file, and are refused by some file systems: those files are read through the page cache
+instead.
+
+A file that is not what it was when its header was read is noticed before its bytes are used: the descriptor is looked
+at after each read, and so is the path, where another file may have taken its place. After any failure the descriptor is
+given up, so that the next read opens whatever is there then: what was put back is found again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from odewei.errors import WeightReadError
+from odewei.loaders.base import CheckpointFile
+from odewei.loaders.remote_file import RemoteFile
+from odewei.scheduler.forks import watch
+from odewei.scheduler.slabs import Bytes
+
+__all__ = ["FileTable", "OpenFile", "cannot_read", "open_direct"]
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC
+_RETRIES = 2
+_PASSING = (errno.EIO, errno.EINTR)  # errors that a second try may not meet
+
+_TOO_MANY = "Too many files are open: close some, or raise the limit (ulimit -n); the next use tries again"
+_CURES = {
+    errno.ENOENT: "Put the original file back, or build the model again from the new one",
+    errno.EMFILE: _TOO_MANY,
+    errno.ENFILE: _TOO_MANY,
+    errno.ENOMEM: "Use a smaller memory_budget, or raise the limit on memory (ulimit -v); the next use tries again",
+    errno.ESTALE: "The network file system has lost the file: mount it again or put the file back; the next use opens "
+    "it again",
+}
+_CURE = "Check that the file is there and its disk is healthy; the next use tries again"
+
+
+def open_direct(path: str, flags: int) -> int:
+    """An ``opener`` for direct reads, falling back to buffered ones where direct ones are refused."""
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        return os.open(path, flags)
+
+
+def cannot_read(file: CheckpointFile, error: OSError) -> WeightReadError:
+    """What to raise when the system refuses to open or read a file."""
+    return WeightReadError(
+        f"the file cannot be read: {error.strerror or error}",
+        file=str(file.path),
+        cure=_CURES.get(error.errno or 0, _CURE),
+    )
+
+
+class OpenFile:
+    """A descriptor that closes when nobody has it any more, the frames of an error that somebody keeps included: under
+    a thread that reads from it, its number must not become that of another file.
+    """
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):  # somebody else has closed it
+            os.close(self.fd)
+
+
+class FileTable:
+    """The open files of one runtime, and a scratch buffer for each reader thread. Methods may be called from any
+    thread.
+
+    ``opener`` is that of the built-in ``open``. Whoever opens files in another way (aiofiles) puts them in with
+    ``keep``.
+    """
+
+    def __init__(self, *, direct: bool, scratch_bytes: int) -> None:
+        self.opener: Callable[[str, int], int] | None = open_direct if direct else None
+        self._scratch_bytes = scratch_bytes
+        self._open: dict[CheckpointFile, OpenFile] = {}
+        self._buffered: dict[CheckpointFile, OpenFile] = {}  # those that refused a direct read
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        watch(self)
+
+    def after_fork(self) -> None:
+        """In the child: descriptors can be shared, the lock cannot."""
+        self._lock = threading.Lock()
+
+    def is_open(self, file: CheckpointFile) -> bool:
+        """Whether it can be read as it is: a remote file is never open."""
+        return file in self._open or isinstance(file, RemoteFile)
+
+    def keep(self, file: CheckpointFile, stream: io.FileIO) -> None:
+        """Take over an open file, closing ``stream``; if another thread was first, theirs is kept."""
+        with stream:
+            self._keep(self._open, file, os.dup(stream.fileno()))
+
+    def opened(self, file: CheckpointFile) -> OpenFile:
+        """The open file, opened now if need be. Raises OSError."""
+        found = self._buffered.get(file) or self._open.get(file)
+        return found or self._keep(self._open, file, (self.opener or os.open)(str(file.path), _FLAGS))
+
+    def give_up(self, file: CheckpointFile) -> None:
+        """Something is wrong with the open file: the next use opens what is there then."""
+        with self._lock:
+            found = self._open.pop(file, None), self._buffered.pop(file, None)
+        del found  # closes under no lock
+
+    def use(self, file: CheckpointFile, work: Callable[[OpenFile], object]) -> None:
+        """Have ``work`` read from the open file. Raises WeightReadError for its OSError.
+
+        If that fails with a descriptor from before, it is done once more with a fresh one: somebody may have closed the
+        old one, a network's file system may have lost it, or the file may have been put back.
+        """
+        for is_last in (False, True):
+            is_fresh = file not in self._open and file not in self._buffered
+            try:
+                work(self.opened(file))
+                return
+            except OSError as error:
+                self.give_up(file)
+                if is_last or is_fresh or error.errno in _PASSING:
+                    raise cannot_read(file, error) from error
+            except WeightReadError:
+                self.give_up(file)
+                if is_last or is_fresh:
+                    raise
+
+    def read(self, file: CheckpointFile, buffers: Sequence[Bytes], offset: int, needed: int) -> None:
+        """Fill the buffers in turn from ``offset`` on, with at least ``needed`` bytes. Raises WeightReadError."""
+        if isinstance(file, RemoteFile):
+            file.read([buffer.data for buffer in buffers], offset, needed)
+            return
+
+        def fill(opened: OpenFile) -> None:
+            found = self._read_fully(opened, file, [buffer.data for buffer in buffers], offset, needed)
+            if found < needed:
+                raise WeightReadError(
+                    f"the file ends {needed - found} bytes too early",
+                    file=str(file.path),
+                    cure="It was cut short while the model was using it: put the whole file back",
+                )
+
+        self.use(file, fill)
+
+    def scratch(self) -> Bytes:
+        """This thread's scratch buffer; it begins at a page."""
+        scratch: Bytes | None = getattr(self._local, "scratch", None)
+        if scratch is None:
+            scratch = self._local.scratch = np.frombuffer(mmap.mmap(-1, self._scratch_bytes), np.uint8)
+        return scratch
+
+    def close(self) -> None:
+        """Close all files, those that are being read from when that ends. They are opened again when they are used
+        again.
+        """
+        with self._lock:
+            found = self._open.copy(), self._buffered.copy()
+            self._open.clear()
+            self._buffered.clear()
+        del found
+
+    def _read_fully(
+        self, opened: OpenFile, file: CheckpointFile, buffers: list[memoryview], offset: int, needed: int
+    ) -> int:
+        """As many bytes as there are, at least ``needed``, all of them from the file whose header was read."""
+        found = failures = 0
+        while found < needed:
+            try:
+                count = os.preadv(opened.fd, buffers, offset + found)
+            except OSError as error:
+                if error.errno == errno.EINVAL and self.opener is not None and file not in self._buffered:
+                    file.check_unchanged(opened.fd)  # of what was found so far
+                    opened = self._fall_back(file)  # refused here, or a short read has left an odd offset
+                elif error.errno in _PASSING and failures < _RETRIES:
+                    failures += 1
+                else:
+                    raise
+                continue
+            if count == 0:
+                break
+            found += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if count:
+                buffers[0] = buffers[0][count:]
+        file.check_unchanged(opened.fd)
+        return found
+
+    def _fall_back(self, file: CheckpointFile) -> OpenFile:
+        """Read this file through the page cache from now on; a direct descriptor stays open for those reading from
+        it.
+        """
+        return self._keep(self._buffered, file, os.open(file.path, _FLAGS))
+
+    def _keep(self, table: dict[CheckpointFile, OpenFile], file: CheckpointFile, fd: int) -> OpenFile:
+        """What the table has for the file from now on: another thread may have been first."""
+        mine = OpenFile(fd)
+        with self._lock:
+            return table.setdefault(file, mine)
+
+    def __repr__(self) -> str:
+        return f"<FileTable of {len(self._open)} open files, {'direct' if self.opener else 'buffered'}>"

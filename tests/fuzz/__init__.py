@@ -1,0 +1,1 @@
+"""Hostile files: cases made from seeds, and the judge that says whether a loader has behaved."""

@@ -1,0 +1,56 @@
+"""Interrupts at a chosen place of the library's code, as a signal handler that raises would make them.
+
+Python runs the handlers of signals in the main thread between any two calls. A profiler is told of the same places, and
+what it raises is raised there: so one can count them, and try each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import odewei
+
+__all__ = ["Interrupt", "Interrupter"]
+
+_OURS = os.path.dirname(odewei.__file__) + os.sep
+
+
+class Interrupt(BaseException):
+    """What the handler of a signal raises."""
+
+
+class Interrupter:
+    """Raises Interrupt at place number ``at`` of this thread's way through the library, from 0 on; None: only counts.
+
+    ``seen`` is the number of places so far, ``where`` the one that was interrupted.
+    """
+
+    def __init__(self, at: int | None = None) -> None:
+        self._at = at
+        self.seen = 0
+        self.where = ""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Only what happens meanwhile counts."""
+        sys.setprofile(self._event)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+    @property
+    def fired(self) -> bool:
+        return bool(self.where)
+
+    def _event(self, frame: FrameType, event: str, _: object) -> None:
+        if event not in ("call", "c_return") or not frame.f_code.co_filename.startswith(_OURS):
+            return
+        self.seen += 1
+        if self._at is not None and self.seen > self._at:
+            self.where = f"{frame.f_code.co_filename.removeprefix(_OURS)}:{frame.f_lineno}"
+            raise Interrupt(self.where)
