@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(f"checkpoint of {settings.weight_bytes / 1e9:.2f} GB")
     write_llama_checkpoint(settings.checkpoint, settings.shape, shard_bytes=settings.shard_bytes)
     os.sync()  # what is still being written would slow the first reads
+    if settings.throttled_seconds:
+        say(f"the disk alone will take about {settings.throttled_seconds / 60:.0f} minutes")
     runner = Runner(settings, limits, say)
     runner.run()
     record = Record(

@@ -105,9 +105,10 @@ def _how(record: Record) -> str:
         "The floor is the larger of computing with all weights resident and of the bytes that odewei read, at the "
         "bandwidth of a plain parallel direct read right before and after; the figure is the median over "
         f"{record.passes} passes, the n-th of odewei with the n-th of the resident model.",
-        "Passes follow each other without pause, after one that is not counted: odewei reads ahead into the next pass. "
-        "Those of the plain twin and the resident model come before the peers; odewei's in two groups, the larger one "
-        "before the peers and the other after them.",
+        "odewei, its plain twin and the resident model make one pass each in turn, so that what the machine does "
+        "meanwhile hits all alike; in two groups, the larger one before the peers and the other after them. Right "
+        "before each counted pass of odewei is one that is not counted, for it reads ahead while the others have their "
+        "turn; the others make one at the start of each group.",
         "A peer runs alone in its process, its page cache empty at the start; its first pass is not counted, then "
         f"{record.passes} at each number of tokens are. It is compared with the median of odewei's passes before and "
         "after the peers. Its column of the plain read is the mean of the reads before and after it.",

@@ -88,6 +88,27 @@ class Settings:
             return frozenset()
         return frozenset({"accelerate-dat"} if self.has_file_a_layer else {"accelerate-dat", "airllm"})
 
+    @property
+    def timeout_seconds(self) -> float:
+        """How long a contender may take for one request: on a throttled disk every one of its passes takes longer."""
+        reads = 4 * (self.passes + 2) * self.weight_bytes
+        return 600.0 + (reads / self.throttle_bytes if self.throttle_bytes else 0.0)
+
+    @property
+    def throttled_seconds(self) -> float:
+        """About how long a throttled disk will take to deliver what the run reads; 0 without a throttle.
+
+        In checkpoints read: a pass of a contender that keeps nothing is one, odewei makes two for each that counts.
+        """
+        if self.throttle_bytes is None:
+            return 0.0
+        peers = sum(len(self.tokens_of(peer)) * self.passes + 1 for peer in self.peers)
+        main = len(self.tokens) * (3 * self.passes + 1) * 0.8 + self.passes + 2
+        sweeps = sum((3 * self.passes + 3) * (1 - percent / 100) for percent in self.budgets)
+        sweeps += len(self.sweep_peers) * (self.passes + 1) if self.budgets else 0
+        plain = self.passes + 2 * len(self.tokens) + len(self.peers) + 2 * len(self.budgets) + 5
+        return (peers + main + sweeps + plain) * self.weight_bytes / self.throttle_bytes
+
     def sweep_budget_bytes(self, percent: int) -> int:
         """The budget that is ``percent`` per cent of the weights."""
         return self.weight_bytes * percent // 100
@@ -136,7 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--budgets", type=_percents, default="25,50,75", help="budgets to sweep over, in %% of the weights")
     add("--peers", type=_peers, default=",".join(DEFAULT_PEERS), help=f"of {', '.join(PEERS)} (default: %(default)s)")
     add("--sweep-peers", type=_peers, default="accelerate", help="peers to run under the largest of the budgets too")
-    add("--throttle", type=_nbytes, help="bytes a second that the disk may deliver (default: no limit)")
+    add(
+        "--throttle",
+        type=_nbytes,
+        help="bytes a second that the disk may deliver to each process (default: no limit); the default run reads some "
+        "150 checkpoints, which takes a quarter of an hour at 1GB, an hour at 200MB",
+    )
     add(
         "--disk",
         type=_nbytes,

@@ -21,20 +21,16 @@ from torch import nn
 from odewei.copies import Skeleton
 from odewei.errors import ModelError
 from odewei.escapes import Escapes
-from odewei.in_parts import InParts
 from odewei.looked_up import LookedUp
 from odewei.module_binding import ModuleBinding
 from odewei.placeholder import Origin, Placeholder
 from odewei.scheduler.forks import watch
 from odewei.scheduler.rows import RowTable
 from odewei.sliced import Sliced, SlicedWeight
-from odewei.survey import Use, Weight, walk
+from odewei.survey import Modules, Use, Weight
 from odewei.uncompiled import uncompiled
 
 __all__ = ["Binder"]
-
-Originals = dict[int, tuple[nn.Parameter, Placeholder]]
-"""Parameters that modules were built with, each once, by their ids, with what replaces them."""
 
 
 class Binder:
@@ -45,7 +41,7 @@ class Binder:
 
     def __init__(
         self,
-        model: nn.Module,
+        modules: Modules,
         units: Sequence[Sequence[Weight]],
         infos: Callable[[Weight], tuple[torch.dtype, tuple[int, ...] | None]],
         tables: Mapping[str, RowTable | SlicedWeight],
@@ -56,6 +52,7 @@ class Binder:
         """
         self.lock = threading.RLock()  # one at a time binds
         watch(self)
+        self.is_suspended = False  # somebody else has the modules' dictionaries for a while
         self._access: Callable[[int, FrameType], None] | None = None
         self._release: Callable[[int], None] | None = None
         self._tables = tables
@@ -64,39 +61,46 @@ class Binder:
         self._tensors: list[dict[str, nn.Parameter] | None] = [None] * len(units)
         self._escapes = Escapes()
         self._self: weakref.ref[Origin] = weakref.ref(self)
-        placeholders: dict[str, dict[str, Placeholder]] = {}  # by module and local name
-        for index, unit in enumerate(units):
-            for weight in unit:
-                if not weight.uses:
-                    continue  # one expert's part of a weight
-                if weight.name in tables:
-                    made: Placeholder = self._in_parts(index, weight.name, infos(weight)[0])
-                else:
-                    made = self._placeholder(index, weight.name, weight.shape, *infos(weight))
-                for use in weight.uses:
-                    placeholders.setdefault(use.module, {})[use.local_name] = made
-        originals: Originals = {}
-        self._bindings = dict(self._take_over(model, placeholders, originals))
-        _replace_kept_aside(originals)
+        self._bindings: dict[str, ModuleBinding] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for index, unit in enumerate(units):
+                for weight in unit:
+                    if weight.module is None:
+                        continue  # one expert's part of a weight
+                    if weight.name in tables:
+                        made: Placeholder = self._in_parts(index, weight.name, infos(weight)[0])
+                    else:
+                        shape, (dtype, stride) = weight.shape, infos(weight)
+                        made = Placeholder.make_inside(index, weight.name, shape, dtype, stride, self._self, device)
+                    self._replace(modules.named, weight, made)
+        kinds: dict[tuple[str, ...], tuple[str, ...]] = {}
+        for binding in self._bindings.values():
+            binding.settle(kinds)
 
-    def _take_over(
-        self, model: nn.Module, placeholders: Mapping[str, Mapping[str, Placeholder]], originals: Originals
-    ) -> Iterator[tuple[str, ModuleBinding]]:
-        """Replace the parameters of the modules, by name, with placeholders; add what was replaced to ``originals``."""
-        kinds: dict[tuple[str, ...], tuple[str, ...]] = {}  # thousands of modules have the same names
-        for name, module, _ in walk(model):
-            found = placeholders.get(name)
-            if found is not None:
-                names = tuple(local for local, made in found.items() if not isinstance(made, InParts))
-                tables = tuple(local for local, made in found.items() if isinstance(made, InParts))
-                names = kinds.setdefault(names, names)
-                for local, made in found.items():
-                    parameter = module._parameters[local]
-                    assert parameter is not None, "a weight without a parameter"
-                    originals[id(parameter)] = parameter, made
-                binding = ModuleBinding(module, names, tables, self)
-                binding.install(found)
-                yield name, binding
+    def _replace(self, named: Mapping[str, nn.Module], weight: Weight, made: Placeholder) -> None:
+        """Put a placeholder in all places of a weight, and let go of the parameter that was there."""
+        parameter: nn.Parameter | None = None
+        for module, local_name in self._spots(weight):
+            binding = self._bindings.get(module)
+            if binding is None:
+                binding = self._bindings[module] = ModuleBinding(named[module], self)
+            parameter = binding.take(local_name, made)
+        assert parameter is not None, "a weight without a parameter"
+        if sys.getrefcount(parameter) > _REFERENCES_OF_A_VARIABLE and parameter.is_meta:
+            _replace_kept_aside(parameter, made)
+
+    @staticmethod
+    def _spots(weight: Weight) -> Iterator[tuple[str, str]]:
+        """Module and local name of each use of a weight."""
+        if weight.module is not None:
+            yield weight.module, weight.local_name
+            for use in weight.tied:
+                yield use.module, use.local_name
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Those that have streamed weights, in no order that matters."""
+        found = (binding.module() for binding in self._bindings.values())
+        return (module for module in found if module is not None)
 
     def after_fork(self) -> None:
         """In the child: what another thread was binding stays as it is; whatever is bound is right."""
@@ -140,14 +144,13 @@ class Binder:
     def suspended(self) -> Iterator[None]:
         """Leave the modules' dictionaries alone meanwhile, and put the right ones in place at the end."""
         with self.lock:
-            for binding in self._bindings.values():
-                binding.suspended = True
+            self.is_suspended = True
         try:
             yield
         finally:
             with self.lock:
+                self.is_suspended = False
                 for binding in self._bindings.values():
-                    binding.suspended = False
                     binding.put()
 
     def was_written(self, unit: int) -> bool:
@@ -192,14 +195,14 @@ class Binder:
     def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give every module ordinary parameters, with the ``requires_grad`` they were built with."""
         for weight in itertools.chain.from_iterable(self._units):
-            if weight.uses:
+            if weight.module is not None:
                 parameter = parameters[weight.name]
                 parameter.requires_grad_(weight.requires_grad and parameter.is_floating_point())
         for binding in self._bindings.values():
             binding.restore(parameters)
 
     def _places(self, weight: Weight) -> Iterable[tuple[ModuleBinding, str]]:
-        return ((self._bindings[use.module], use.local_name) for use in weight.uses)
+        return ((self._bindings[module], local_name) for module, local_name in self._spots(weight))
 
     def _placeholder(
         self, unit: int, name: str, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None
@@ -253,22 +256,18 @@ class Binder:
         return tensors[name], functools.partial(self._release, unit)
 
 
-def _replace_kept_aside(originals: Originals) -> None:
-    """Parameters that the model was built with and that somebody still has (a list, a function) have no values, and
-    torch would compute with them all the same: they become placeholders, which load theirs.
+def _replace_kept_aside(parameter: nn.Parameter, placeholder: Placeholder) -> None:
+    """A parameter that the model was built with and that somebody still has (a list, a function) has no values, and
+    torch would compute with it all the same: it becomes a placeholder, which loads its own.
     """
-    while originals:
-        _, (parameter, placeholder) = originals.popitem()
-        if sys.getrefcount(parameter) <= _REFERENCES_OF_A_VARIABLE or not parameter.is_meta:
-            continue
-        try:
-            placeholder.replace(parameter)
-        except RuntimeError as error:
-            raise ModelError(
-                "somebody has a weak reference to a parameter of the model, so that it cannot get its values",
-                weight=placeholder.weight_name,
-                cure="Have model_fn take parameters aside by name, or by ordinary references",
-            ) from error
+    try:
+        placeholder.replace(parameter)
+    except RuntimeError as error:
+        raise ModelError(
+            "somebody has a weak reference to a parameter of the model, so that it cannot get its values",
+            weight=placeholder.weight_name,
+            cure="Have model_fn take parameters aside by name, or by ordinary references",
+        ) from error
 
 
 def _references_of_a_variable() -> int:

@@ -28,7 +28,7 @@ from torch import nn
 from odewei.loaders.base import WeightInfo
 from odewei.loaders.gathering import cut_places, lies_in_places
 from odewei.scheduler.slabs import ALIGNMENT, HUGE_PAGE, PAGE
-from odewei.survey import Weight, walk
+from odewei.survey import Kind, Modules, Weight
 from odewei.units import Unit, ancestry
 
 __all__ = ["ExpertPlan", "find_experts", "largest_expert_bytes", "listed_experts", "piece_name", "slack_bytes"]
@@ -66,7 +66,7 @@ class ExpertPlan:
 
 
 def find_experts(
-    model: nn.Module,
+    model: nn.Module | Modules,
     weights: Sequence[Weight],
     infos: Mapping[str, WeightInfo],
     bound: Callable[[WeightInfo], torch.dtype],
@@ -74,13 +74,15 @@ def find_experts(
     """The modules whose experts can be read one by one, in definition order. ``bound`` gives the dtype that one is
     handed out in.
     """
+    if not any(len(weight.shape) > 2 for weight in weights):
+        return []
     by_module: dict[str, list[Weight]] = {}
     for weight in weights:
-        if len(weight.uses) == 1 and weight.name in infos and _lies_in_pieces(infos[weight.name], bound):
-            by_module.setdefault(weight.uses[0].module, []).append(weight)
-    if not any(len(weight.shape) > 2 for candidates in by_module.values() for weight in candidates):
-        return []
-    modules = {name: module for name, module, _ in walk(model)}
+        if weight.module is None or weight.tied or len(weight.shape) < 2:
+            continue
+        if weight.name in infos and _lies_in_pieces(infos[weight.name], bound):
+            by_module.setdefault(weight.module, []).append(weight)
+    modules = Modules.of(model).named if by_module else {}
     found = []
     for name, candidates in by_module.items():
         plan = _plan(name, modules[name], candidates, infos)
@@ -89,12 +91,12 @@ def find_experts(
     return found
 
 
-def listed_experts(model: nn.Module, units: Sequence[Unit]) -> list[bool]:
+def listed_experts(model: nn.Module | Modules, units: Sequence[Unit]) -> list[bool]:
     """For each unit whether it is of an expert in a list: that list has modules of one class, lies in a block, and a
     method of the module that holds it names both it and a function that chooses by values.
     """
-    modules = {name: module for name, module, _ in walk(model)}
-    of_list: dict[str, bool] = {}
+    modules = Modules.of(model).named
+    of_list: dict[str, bool] = {}  # by the module that holds others, which all get the same answer
     of_kind: dict[tuple[type[nn.Module], str], bool] = {}
 
     def holds_experts(container: str) -> bool:
@@ -113,13 +115,14 @@ def listed_experts(model: nn.Module, units: Sequence[Unit]) -> list[bool]:
             )
         return of_kind[key]
 
-    def is_expert(name: str) -> bool:
-        container = name.rpartition(".")[0]
-        if container not in of_list:
-            of_list[container] = holds_experts(container)
-        return of_list[container]
+    def is_in_one(name: str) -> bool:
+        """Whether the module is an expert, or lies in one."""
+        holder = name.rpartition(".")[0]
+        if holder not in of_list:
+            of_list[holder] = holds_experts(holder) or (bool(holder) and is_in_one(holder))
+        return of_list[holder]
 
-    return [all(any(map(is_expert, ancestry(name))) for name in unit.hooked) for unit in units]
+    return [all(map(is_in_one, unit.hooked)) for unit in units]
 
 
 def piece_name(weight: str, place: int) -> str:
@@ -129,7 +132,7 @@ def piece_name(weight: str, place: int) -> str:
 
 def _piece(weight: Weight, place: int) -> Weight:
     """One expert's part, which no module has by itself."""
-    return Weight(piece_name(weight.name, place), weight.shape[1:], weight.dtype, False, ())
+    return Weight(piece_name(weight.name, place), Kind(weight.shape[1:], weight.dtype, False), None, "")
 
 
 def slack_bytes(plans: Sequence[ExpertPlan], infos: Mapping[str, WeightInfo]) -> int:
@@ -150,7 +153,7 @@ def _plan(
     if not any(len(weight.shape) > 2 for weight in candidates) or not _takes_one_by_one(module):
         return None
     taken = _taken_by_place(type(module))
-    taken_weights = [weight for weight in candidates if weight.uses[0].local_name in taken]
+    taken_weights = [weight for weight in candidates if weight.local_name in taken]
     counts = {weight.shape[0] for weight in taken_weights if len(weight.shape) >= 3}
     if len(counts) != 1:
         return None

@@ -24,7 +24,7 @@ from odewei.scheduler.reader import PlannedUnit
 from odewei.scheduler.rehearsal import Enter, Leave, Rehearsal, RehearsedPass, RehearsedUnit, Step
 from odewei.skeleton import BUFFERS, skeleton
 from odewei.stock import Stock
-from odewei.survey import survey, walk
+from odewei.survey import Modules, survey
 from odewei.tables import cache_shares
 from odewei.unit_readers import UnitReaders
 
@@ -103,10 +103,10 @@ class Outline:
         }
         if not infos:
             raise CheckpointError("the checkpoint has no weights", cure="Name another file or folder")
-        model = skeleton(infos, tied=tied)
-        self._stock = Stock(survey(model), infos, loader.dtype)
+        modules = Modules(skeleton(infos, tied=tied))
+        self._stock = Stock(survey(modules), infos, loader.dtype)
         budget = MemoryBudget(memory_budget, num_readers=num_readers)
-        self._layout = Layout(model, self._stock, budget.expect, "auto", by_rows=True)
+        self._layout = Layout(modules, self._stock, budget.expect, "auto", by_rows=True)
         everything = self._layout.infos(self._stock)
         readers = UnitReaders(loader, self._stock, everything, budget.pool, num_readers=num_readers, direct=direct)
         self._units = [_rehearsed(unit.name, readers.make(unit)) for unit in self._layout.units]
@@ -119,7 +119,7 @@ class Outline:
                 cure=f"The smallest memory_budget that works is {self.least_bytes} bytes "
                 f"({format_nbytes(self.least_bytes)})",
             )
-        self._modules = [(name, parent) for name, _, parent in walk(model)]
+        self._modules = list(zip(modules.names, modules.parents, strict=True))
 
     def matrices(self) -> dict[Matrix, int]:
         """How many matrices of each shape and dtype a pass multiplies by: tables that are only looked up are none."""
@@ -142,7 +142,7 @@ class Outline:
         ``bandwidth`` in bytes a second. ``products``: seconds of each product; those not given take none. ``depth``:
         units ahead, None: "auto".
         """
-        tables = {weight.name: self._stock.sizes[weight.name] for weight in self._layout.tables}
+        tables = {weight.name: self._stock.nbytes_of(weight) for weight in self._layout.tables}
         pinned = sum(self._shares(tables).values())
         rehearsal = Rehearsal(
             self._units,

@@ -1,7 +1,7 @@
 """Enter and leave: a module that units hang on takes their leases before its forward and returns them after.
 
 The hooks sit on the module at the root of a unit, not on every module that owns a weight: weights used without that
-module's forward load on access anyway (see ``binding``). They are registered with ``always_call=True``, so that an
+module's forward load on access anyway (see ``binding``). They are always called, so that an
 exception returns the leases; what a ``KeyboardInterrupt`` leaves behind is returned later, because each lease knows
 its frame.
 """
@@ -9,10 +9,12 @@ its frame.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from odewei.convoy import pass_begins, pass_ends
 from odewei.copies import leave_out, refuse_copy
@@ -21,7 +23,10 @@ from odewei.scheduler.records import Account
 from odewei.sliced import Experts
 from odewei.uncompiled import uncompiled
 
-__all__ = ["hook_experts", "hook_pass", "hook_unit", "unhook"]
+__all__ = ["Hooks", "unhook"]
+
+
+_UNITS = "_odewei_units"  # of a module's dictionary: the number of its unit, or a tuple of several
 
 
 class _Pair(Protocol):
@@ -31,29 +36,46 @@ class _Pair(Protocol):
 
 
 class _UnitHooks:
-    """``units`` are entered in order and left in reverse."""
+    """The unit of a module is entered and left. One for all modules of a model: each has its unit in its dictionary."""
 
-    __slots__ = ("_driver", "_units")
+    __slots__ = ("_driver",)
     __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
 
-    def __init__(self, units: Sequence[int], driver: Driver) -> None:
-        self._units = tuple(units)
+    def __init__(self, driver: Driver) -> None:
         self._driver = driver
 
     @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
-        frame = sys._getframe(1)  # the call of the module, which ends with its forward
-        for entered, unit in enumerate(self._units):
+        self._driver.enter(module.__dict__[_UNITS], sys._getframe(1))  # the module's call, which ends with its forward
+
+    @uncompiled
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._driver.leave(module.__dict__[_UNITS])
+
+
+class _SeveralHooks:
+    """Several units of a module are entered in order and left in reverse. One for all modules of a model."""
+
+    __slots__ = ("_driver",)
+    __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    @uncompiled
+    def before(self, module: nn.Module, args: Any) -> None:
+        frame, units = sys._getframe(1), module.__dict__[_UNITS]
+        for entered, unit in enumerate(units):
             try:
                 self._driver.enter(unit, frame)
             except BaseException:
-                for earlier in self._units[:entered]:
+                for earlier in units[:entered]:
                     self._driver.leave(earlier)
                 raise
 
     @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        for unit in reversed(self._units):
+        for unit in reversed(module.__dict__[_UNITS]):
             self._driver.leave(unit)
 
 
@@ -96,30 +118,69 @@ class _ExpertHooks:
         self._experts.leave()
 
 
-def hook_unit(module: nn.Module, units: Sequence[int], driver: Driver) -> None:
-    """Have ``module`` lease ``units`` while its forward runs."""
-    _register(module, _UnitHooks(units, driver))
+class Hooks:
+    """Puts the hooks of one model on its modules, of which there may be 100,000.
+
+    This does what ``register_forward_pre_hook(prepend=True)`` and ``register_forward_hook(always_call=True)`` do, but
+    with one key for all modules, without handles, and with one dictionary for all modules that says which hooks are
+    always called: torch only asks whether a key is in it, and no two hooks have the same.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._keys: dict[type[_Pair], int] = {kind: _new_key() for kind in _ALL}
+        self._always: OrderedDict[int, bool] = OrderedDict.fromkeys(self._keys.values(), True)
+        one, several = _UnitHooks(driver), _SeveralHooks(driver)
+        self._one, self._several = (one.before, one.after), (several.before, several.after)
+
+    def unit(self, module: nn.Module, units: Sequence[int]) -> None:
+        """Have ``module`` lease ``units`` while its forward runs."""
+        if len(units) == 1:
+            module.__dict__[_UNITS] = units[0]
+            self._put(module, self._keys[_UnitHooks], *self._one)
+        else:
+            module.__dict__[_UNITS] = tuple(units)
+            self._put(module, self._keys[_SeveralHooks], *self._several)
+
+    def experts(self, module: nn.Module, experts: Experts) -> None:
+        """Have ``module`` lease one of its experts at a time while its forward runs."""
+        pair = _ExpertHooks(experts)
+        self._put(module, self._keys[_ExpertHooks], pair.before, pair.after)
+
+    def whole_pass(self, model: nn.Module, account: Account) -> None:
+        """Have the scheduler know when a thread is inside the model. To be called after all ``unit``."""
+        pair = _PassHooks(self._driver, account)
+        self._put(model, self._keys[_PassHooks], pair.before, pair.after)
+
+    def _put(self, module: nn.Module, key: int, before: Callable[..., None], after: Callable[..., None]) -> None:
+        first, own = module._forward_pre_hooks, module._forward_hooks_always_called
+        assert isinstance(first, OrderedDict), "torch keeps hooks in order"
+        first[key] = before
+        if len(first) > 1:
+            first.move_to_end(key, last=False)
+        module._forward_hooks[key] = after
+        if not own:
+            module.__dict__["_forward_hooks_always_called"] = self._always
+        elif own is not self._always:
+            own[key] = True
 
 
-def hook_experts(module: nn.Module, experts: Experts) -> None:
-    """Have ``module`` lease one of its experts at a time while its forward runs."""
-    _register(module, _ExpertHooks(experts))
-
-
-def hook_pass(model: nn.Module, driver: Driver, account: Account) -> None:
-    """Have the scheduler know when a thread is inside the model. To be called after all ``hook_unit``."""
-    _register(model, _PassHooks(driver, account))
+def _new_key() -> int:
+    """One that no hook has, nor will have."""
+    key = RemovableHandle.next_id
+    RemovableHandle.next_id += 1
+    return key
 
 
 def unhook(module: nn.Module) -> None:
-    """Take the hooks out. They are found by what they are: the handles of 100,000 modules would take memory."""
+    """Take the hooks out. They are found by what they are."""
+    module.__dict__.pop(_UNITS, None)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), _UnitHooks | _ExpertHooks | _PassHooks):
+            if isinstance(getattr(hook, "__self__", None), _ALL):
                 del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+    left = ((key, True) for key in module._forward_hooks_always_called if key in module._forward_hooks)
+    module.__dict__["_forward_hooks_always_called"] = OrderedDict(left)  # the other one may be everybody's
 
 
-def _register(module: nn.Module, pair: _Pair) -> None:
-    module.register_forward_pre_hook(pair.before, prepend=True)
-    module.register_forward_hook(pair.after, always_call=True)
+_ALL = (_UnitHooks, _SeveralHooks, _ExpertHooks, _PassHooks)

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from torch import nn
-
 from odewei.experts import ExpertPlan, find_experts, largest_expert_bytes, listed_experts, slack_bytes
 from odewei.loaders.base import WeightInfo
 from odewei.options import Granularity
 from odewei.scheduler.slabs import PAGE
 from odewei.stock import Stock
-from odewei.survey import Weight
+from odewei.survey import Modules, Weight
 from odewei.tables import find_tables
 from odewei.units import Unit, hooked_modules, partition, smallest_budget
 
@@ -37,7 +35,7 @@ class Layout:
 
     def __init__(
         self,
-        model: nn.Module,
+        modules: Modules,
         stock: Stock,
         budget_for: Callable[[int], int],
         granularity: Granularity,
@@ -47,19 +45,19 @@ class Layout:
         """``budget_for`` so many bytes is the budget that there is. ``by_rows``: read tables by rows, where that is
         possible.
         """
-        self.tables = find_tables(model, stock.weights, stock.infos) if by_rows else []
-        others = [weight for weight in stock.weights if weight not in self.tables]
-        plans = find_experts(model, others, stock.infos, stock.bound)
+        self.tables = find_tables(modules, stock.weights, stock.infos) if by_rows else []
+        looked_up = {weight.name for weight in self.tables}
+        others = [weight for weight in stock.weights if weight.name not in looked_up]
+        sizes = stock.sizes()
+        plans = find_experts(modules, others, stock.infos, stock.bound)
         fused = [weight for plan in plans for weight in plan.weights]
         self.most_bytes = _with_slack(stock) + slack_bytes(plans, stock.infos)
         self.limit_bytes = budget_for(self.most_bytes)
-        room_bytes = max(
-            0, self.limit_bytes - largest_expert_bytes(plans, stock.sizes)
-        )  # it is there besides its block
+        room_bytes = max(0, self.limit_bytes - largest_expert_bytes(plans, sizes))  # it is there besides its block
         apart = {weight.name for weight in fused}
         blocks = [weight for weight in others if weight.name not in apart]
-        units = partition(model, blocks, stock.sizes, room_bytes // _FAIR_SHARE, granularity)
-        listed = listed_experts(model, units)
+        units = partition(modules, blocks, sizes, room_bytes // _FAIR_SHARE, granularity)
+        listed = listed_experts(modules, units)
         self.units = [units[place] for place in sorted(range(len(units)), key=listed.__getitem__)]
         self.ahead = listed.count(False)
         self.hooked = len(units)
@@ -72,6 +70,8 @@ class Layout:
 
     def infos(self, stock: Stock) -> Mapping[str, WeightInfo]:
         """Where everything is, pieces included."""
+        if not self.plans:
+            return stock.infos
         return {
             **stock.infos,
             **{name: info for plan, _ in self.plans for name, info in plan.infos(stock.infos).items()},

@@ -16,14 +16,16 @@ from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.loaders.tensors import is_castable, read_tensor
 from odewei.meta_model import meta_tensors
-from odewei.survey import Weight, walk
+from odewei.survey import Modules, Weight
 
 __all__ = ["Matched", "bound_dtype", "init_missing", "load_buffers", "match_weights", "move_to"]
 
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """What was found for the model: each weight's place by the weight's own name, and the weights that are missing."""
+    """What was found for the model: each weight's place by the weight's own name, among others that the checkpoint has,
+    and the weights that are missing.
+    """
 
     infos: Mapping[str, WeightInfo]
     missing: tuple[Weight, ...]
@@ -42,21 +44,24 @@ def match_weights(weights: Sequence[Weight], loader: WeightsLoader, on_missing: 
     Raises WeightMismatchError if shape or kind of dtype differ, MissingWeightError unless ``on_missing`` is "init".
     """
     known = loader.weights()
-    infos: dict[str, WeightInfo] = {}
+    renamed: dict[str, WeightInfo] = {}
     missing = []
     for weight in weights:
-        name = next((name for name in (weight.name, *weight.aliases) if name in known), None)
-        if name is None:
-            missing.append(weight)
-        else:
-            infos[weight.name] = _fitting(weight, known[name])
+        info = known.get(weight.name)
+        if info is None:
+            alias = next((name for name in weight.aliases if name in known), None)
+            if alias is None:
+                missing.append(weight)
+                continue
+            info = renamed[weight.name] = known[alias]
+        _check_fits(weight, info)
     if missing and on_missing == "error":
         raise _missing(missing, known)
-    return Matched(infos, tuple(missing))
+    return Matched(known if not renamed else {**known, **renamed}, tuple(missing))
 
 
-def _fitting(weight: Weight, info: WeightInfo) -> WeightInfo:
-    module = weight.uses[0].module or None
+def _check_fits(weight: Weight, info: WeightInfo) -> None:
+    module = weight.module or None
     if info.shape != weight.shape:
         raise WeightMismatchError(
             f"the checkpoint has shape {info.shape}, the model {weight.shape}",
@@ -74,7 +79,6 @@ def _fitting(weight: Weight, info: WeightInfo) -> WeightInfo:
             file=info.file,
             cure="Build the model as the checkpoint was made (a quantised checkpoint needs its quantised modules)",
         )
-    return info
 
 
 def _missing(missing: Sequence[Weight], known: Mapping[str, WeightInfo]) -> MissingWeightError:
@@ -84,23 +88,24 @@ def _missing(missing: Sequence[Weight], known: Mapping[str, WeightInfo]) -> Miss
     hint = f" (it has {', '.join(similar)}, ...)" if similar else ""
     return MissingWeightError(
         f"the checkpoint lacks the weight {first.name!r}{also}{hint}",
-        module=first.uses[0].module or None,
+        module=first.module or None,
         weight=first.name,
         cure='Check that checkpoint and model belong together, or pass on_missing="init" to initialise what is missing',
     )
 
 
 def load_buffers(
-    model: nn.Module, source: WeightsLoader | CallableLoader, dtype: torch.dtype | None, on_missing: str
+    model: nn.Module | Modules, source: WeightsLoader | CallableLoader, dtype: torch.dtype | None, on_missing: str
 ) -> None:
     """Load the persistent buffers for good, in place of those the model was built with.
 
     Raises MissingWeightError for a persistent buffer that the checkpoint lacks (unless ``on_missing`` is "init": then
     it stays as built), WeightMismatchError for another shape, ModelError for a buffer that has no values at all.
     """
+    modules = Modules.of(model)
     wanted = {
         f"{prefix}.{name}" if prefix else name: (module, name)
-        for prefix, module, _ in walk(model)
+        for prefix, module in modules.items()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
@@ -115,7 +120,7 @@ def load_buffers(
                 cure="Build the model with the configuration that the checkpoint was made with",
             )
         module._buffers[name] = tensor.to(bound_dtype(tensor.dtype, dtype))
-    for name in meta_tensors(model):
+    for name in meta_tensors(modules):
         raise ModelError(
             f"the tensor {name!r} has no values: it was made on the meta device and the checkpoint does not have it",
             weight=name,
@@ -123,14 +128,14 @@ def load_buffers(
         )
 
 
-def move_to(model: nn.Module, device: torch.device) -> None:
+def move_to(model: nn.Module | Modules, device: torch.device) -> None:
     """Move what has values to the device, for good: buffers, and parameters that the checkpoint lacks. What several
     modules share they share afterwards.
     """
     if device.type == "cpu":
         return
     moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the old ones stay, so that no number comes twice
-    for _, module, _ in walk(model):
+    for _, module in Modules.of(model).items():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 moved.setdefault(id(buffer), (buffer, buffer.to(device)))

@@ -131,7 +131,7 @@ def _read(
     """All chunks, a thread a slab."""
     waiting, lock, errors = iter(chunks), threading.Lock(), list[BaseException]()
     for file, *_ in chunks:
-        table.fd(file)
+        table.opened(file)
     started = time.perf_counter()
 
     def work(memory: Bytes) -> None:
@@ -162,4 +162,4 @@ def _read(
         raise
     if errors:
         raise errors[0]
-    return DiskSample(sum(counts), time.perf_counter() - started, _is_direct(table.fd(chunks[0][0])))
+    return DiskSample(sum(counts), time.perf_counter() - started, _is_direct(table.opened(chunks[0][0]).fd))

@@ -23,9 +23,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from odewei.collector import without_collector
 from odewei.errors import ModelError
 from odewei.scheduler.machine import available_bytes
-from odewei.survey import walk
+from odewei.survey import Modules, walk
 
 __all__ = ["build_without_weights", "meta_tensors"]
 
@@ -66,7 +67,7 @@ def build_without_weights(model_fn: Callable[[], nn.Module]) -> nn.Module:
     redirect = _LargeFactoriesToMeta()
     try:
         model = _build(model_fn, redirect)
-        if not redirect.redirected and not any(_made_of_parameters(model)):
+        if not redirect.redirected and not _made_of_parameters(model):
             return model
         if not any(meta_tensors(model)):
             return model
@@ -80,16 +81,21 @@ def build_without_weights(model_fn: Callable[[], nn.Module]) -> nn.Module:
             if not _misses_values(error):
                 raise
         else:
-            if not any(_made_of_parameters(model)):
+            if not _made_of_parameters(model):
                 return model
     return _build_with_values(model_fn)
 
 
-def meta_tensors(model: nn.Module) -> Iterator[str]:
+def meta_tensors(model: nn.Module | Modules) -> Iterator[str]:
     """Names of tensors on the meta device that are reachable from modules and are not parameters."""
-    for prefix, module, _ in walk(model):
-        for name, value in (*module._buffers.items(), *vars(module).items()):
-            if name in _OF_EVERY_MODULE or not isinstance(value, _MAY_HOLD_TENSORS):
+    for prefix, module in Modules.of(model).items():
+        for name, buffer in module._buffers.items():
+            if _is_meta(buffer):
+                yield f"{prefix}.{name}" if prefix else name
+        own = vars(module)
+        for name in sorted(own.keys() - _OF_EVERY_MODULE):
+            value = own[name]
+            if not isinstance(value, _MAY_HOLD_TENSORS):
                 continue
             values: Iterable[object] = (value,)
             if not isinstance(value, torch.Tensor):
@@ -98,14 +104,20 @@ def meta_tensors(model: nn.Module) -> Iterator[str]:
                 yield f"{prefix}.{name}" if prefix else name
 
 
-def _made_of_parameters(model: nn.Module) -> Iterator[str]:
+def _made_of_parameters(model: nn.Module) -> list[str]:
     """Names of tensors without values that no checkpoint will have: they were computed from parameters."""
+    with without_collector():
+        return list(_made_of_parameters_in(Modules(model)))
+
+
+def _made_of_parameters_in(modules: Modules) -> Iterator[str]:
     stored = {
         f"{prefix}.{name}" if prefix else name
-        for prefix, module, _ in walk(model)
+        for prefix, module in modules.items()
+        if module._buffers
         for name in module._buffers.keys() - module._non_persistent_buffers_set
     }
-    return (name for name in meta_tensors(model) if name not in stored)
+    return (name for name in meta_tensors(modules) if name not in stored)
 
 
 def _misses_values(error: Exception) -> bool:
@@ -169,6 +181,7 @@ class _LargeFactoriesToMeta(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.redirected = False
+        self._others: set[object] = set()  # functions that were met and are neither factories nor fill anything
 
     def __torch_function__(
         self,
@@ -177,17 +190,17 @@ class _LargeFactoriesToMeta(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func in self._others:  # a module calls a dozen of these for each factory
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = dict(kwargs or {})
         if getattr(func, "__name__", None) in _FILLS:
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 return tensor  # there is nothing to fill, and torch would take its time to do so
-        if (
-            func in _FACTORIES
-            and "out" not in kwargs
-            and kwargs.get("device") is None
-            and _numel(args, kwargs) > _LARGE
-        ):
+        elif func not in _FACTORIES:
+            if getattr(func, "__closure__", None) is None:  # what a closure holds must not be kept
+                self._others.add(func)
+        elif "out" not in kwargs and kwargs.get("device") is None and _numel(args, kwargs) > _LARGE:
             kwargs["device"] = "meta"
             kwargs.pop("pin_memory", None)
             if kwargs.get("generator") is not None:
@@ -220,10 +233,12 @@ def _parameters_become_meta() -> Iterator[None]:
     made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def as_meta(param: nn.Parameter) -> nn.Parameter:
-        if param not in made:
-            with torch.no_grad():
-                made[param] = _as_meta(param)
-        return made[param]  # type: ignore[no-any-return]
+        with torch._C.DisableTorchFunction():  # modes too: these calls are nobody's business
+            found = made.get(param)  # type: ignore[no-untyped-call]
+            if found is None:
+                with torch.no_grad():
+                    found = made[param] = _as_meta(param)
+        return found  # type: ignore[no-any-return]
 
     with _registering(as_meta):
         yield
@@ -255,5 +270,6 @@ def _is_plain(param: nn.Parameter) -> bool:
 def _as_meta(param: nn.Parameter) -> nn.Parameter:
     empty = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta")
     made = nn.Parameter(empty, requires_grad=param.requires_grad)
-    made.__dict__.update(param.__dict__)
+    if param.__dict__:  # most have none, and each would be an object more
+        made.__dict__.update(param.__dict__)
     return made

@@ -96,30 +96,39 @@ class ModuleBinding:
 
     __slots__ = (
         "_binder",
-        "_flat_names",
-        "_module",
         "_names",
         "_real",
         "_replaced",
         "_tables",
         "_unbound",
-        "suspended",
+        "module",
     )
 
-    def __init__(self, module: nn.Module, names: tuple[str, ...], tables: tuple[str, ...], binder: Binder) -> None:
-        self._module = weakref.ref(module)
-        self._names = names
-        self._tables = tables
+    def __init__(self, module: nn.Module, binder: Binder) -> None:
+        """Take the module's dictionary over. Nothing of it is streamed yet."""
+        self.module = weakref.ref(module)
+        self._names: tuple[str, ...] = ()
+        self._tables: tuple[str, ...] = ()
         self._binder = binder
         self._replaced: dict[str, Placeholder] | None = None  # what the user has put something else in the place of
         self._real: dict[str, nn.Parameter] | None = None  # those that are here
-        self._flat_names = _flat_names(module)
-        self.suspended = False  # somebody else has the module's dictionary for a while
-        self._unbound = UnboundParameters(module._parameters, self)
+        self._unbound = module.__dict__["_parameters"] = UnboundParameters(module._parameters, self)
 
-    def install(self, placeholders: Mapping[str, Placeholder]) -> None:
-        """Take the module's parameters over, with placeholders by local name; nothing is bound yet."""
-        dict.update(self._unbound, placeholders)
+    def take(self, local_name: str, placeholder: Placeholder) -> nn.Parameter:
+        """Stream a parameter from now on; returns what the module had. ``settle`` has to follow the last of them."""
+        had: nn.Parameter = dict.__getitem__(self._unbound, local_name)
+        dict.__setitem__(self._unbound, local_name, placeholder)
+        module = self.module()
+        if isinstance(module, nn.RNNBase):
+            _follow(module, self._unbound)  # it would keep what was there
+        return had
+
+    def settle(self, kinds: dict[tuple[str, ...], tuple[str, ...]]) -> None:
+        """All that is streamed has been taken. ``kinds``: thousands of modules have the same names."""
+        taken = [item for item in dict.items(self._unbound) if isinstance(item[1], Placeholder)]
+        names = tuple(name for name, found in taken if not isinstance(found, InParts))
+        tables = tuple(name for name, found in taken if isinstance(found, InParts))
+        self._names, self._tables = kinds.setdefault(names, names), kinds.setdefault(tables, tables)
         self.put()
 
     def bind(self, local_name: str, parameter: nn.Parameter) -> None:
@@ -182,7 +191,7 @@ class ModuleBinding:
 
     def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give the module an ordinary dictionary with these parameters, by the weights' names, for good."""
-        module = self._module()
+        module = self.module()
         if module is not None:
             streamed = {*self._names, *self._tables}
             items = {
@@ -190,7 +199,7 @@ class ModuleBinding:
                 for local, kept in dict.items(self._unbound)
             }
             module.__dict__["_parameters"] = items
-            self._follow(module, items)
+            _follow(module, items)
         self._names = self._tables = ()
         self._real = self._replaced = None
 
@@ -201,8 +210,8 @@ class ModuleBinding:
 
     def put(self) -> None:
         """Make the module use the dictionary that fits what is here now."""
-        module = self._module()
-        if module is None or self.suspended:
+        module = self.module()
+        if module is None or self._binder.is_suspended:
             return
         parameters: _Streamed = self._unbound
         real = self._real or {}
@@ -210,7 +219,7 @@ class ModuleBinding:
             items = {name: real.get(name, kept) for name, kept in dict.items(self._unbound)}
             parameters = BoundParameters(items, self)
         module.__dict__["_parameters"] = parameters
-        self._follow(module, parameters)
+        _follow(module, parameters)
 
     def _take_back(self, local_name: str, placeholder: Placeholder) -> None:
         """It is streamed again."""
@@ -232,13 +241,9 @@ class ModuleBinding:
         if self._real is not None:
             self._real.pop(local_name, None)
 
-    def _follow(self, module: nn.Module, parameters: Mapping[str, Any]) -> None:
-        """Recurrent modules keep a second list of their weights."""
-        if self._flat_names:
-            items = dict(parameters.items())  # placeholders stay placeholders: nothing is looked up
-            flat = [items.get(name) for name in self._flat_names]
-            module.__dict__["_flat_weights"] = flat
 
-
-def _flat_names(module: nn.Module) -> list[str] | None:
-    return list(module._flat_weights_names) if isinstance(module, nn.RNNBase) else None
+def _follow(module: nn.Module, parameters: Mapping[str, Any]) -> None:
+    """Recurrent modules keep a second list of their weights."""
+    if isinstance(module, nn.RNNBase):
+        items = dict(parameters.items())  # placeholders stay placeholders: nothing is looked up
+        module.__dict__["_flat_weights"] = [items.get(name) for name in module._flat_weights_names]

@@ -54,11 +54,25 @@ class Placeholder(torch.Tensor):
         device: torch.device = _CPU,
     ) -> Self:
         """``origin`` is asked when an operation needs the values, which are on ``device`` then."""
-        kind = _Compact if cls is Placeholder else cls
         with torch.inference_mode(False), torch.no_grad():
-            made: Any = torch.Tensor._make_wrapper_subclass(
-                kind, shape, strides=stride, dtype=dtype, device=device, requires_grad=False
-            )
+            return cls.make_inside(unit, name, shape, dtype, stride, origin, device)
+
+    @classmethod
+    def make_inside(
+        cls,
+        unit: int,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        stride: tuple[int, ...] | None,
+        origin: weakref.ref[Origin],
+        device: torch.device,
+    ) -> Self:
+        """``make``, for whoever makes many: to be called without gradients and outside of inference mode."""
+        kind = _Compact if cls is Placeholder else cls
+        made: Any = torch.Tensor._make_wrapper_subclass(
+            kind, shape, strides=stride, dtype=dtype, device=device, requires_grad=False
+        )
         made.unit, made.weight_name, made._origin = unit, name, origin
         return made  # type: ignore[no-any-return]
 

@@ -7,6 +7,7 @@ closes.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import weakref
@@ -22,7 +23,7 @@ from odewei.binding import Binder
 from odewei.deep_copy import DeepCopy
 from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError, TraceError
 from odewei.guards import guard, unguard
-from odewei.hooks import hook_experts, hook_pass, hook_unit, unhook
+from odewei.hooks import Hooks, unhook
 from odewei.host_tier import HostTier
 from odewei.layout import Layout
 from odewei.loaders.base import WeightsLoader
@@ -38,7 +39,7 @@ from odewei.scheduler.records import Account
 from odewei.scheduler.rows import RowCounters, RowTable
 from odewei.sliced import Experts
 from odewei.stock import Stock
-from odewei.survey import Weight, survey, walk
+from odewei.survey import Modules, Weight, survey, walk
 from odewei.tables import cache_shares, table_place
 from odewei.trace_file import read_trace, trace_path
 from odewei.trace_map import units_entered
@@ -80,15 +81,16 @@ class Runtime:
         options.budget.place(options.device)
         self.device = options.budget.device
         dtype = options.dtype or source.dtype
-        self.stock = Stock.match(model, survey(model, of_copy=of_copy), source, dtype, options.on_missing)
+        modules = Modules(model)
+        self.stock = Stock.match(model, survey(modules, of_copy=of_copy), source, dtype, options.on_missing)
         if not of_copy:
-            load_buffers(model, source, dtype, options.on_missing)
-            move_to(model, self.device)
-        self._buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
+            load_buffers(modules, source, dtype, options.on_missing)
+            move_to(modules, self.device)
+        self._buffer_bytes = _buffer_bytes(modules)
         self.budget = options.budget
         self._pool = self.budget.pool
         by_rows = self.device.type == "cpu"
-        self.layout = Layout(model, self.stock, self.budget.expect, options.granularity, by_rows=by_rows)
+        self.layout = Layout(modules, self.stock, self.budget.expect, options.granularity, by_rows=by_rows)
         self.units = self.layout.units
         self.experts = {plan.module: Experts(plan, first) for plan, first in self.layout.plans}
         self._direct = options.resolve_direct(self.stock.nbytes, self.layout.limit_bytes)
@@ -105,7 +107,7 @@ class Runtime:
         with ExitStack() as undo:  # what a failure from here on would leave behind in a budget that others share
             for table in self.tables.values():
                 undo.callback(table.close)
-            self.binder = self._bind(model)
+            self.binder = self._bind(modules)
             self.account = self._make_account(least_bytes, files)
             synchronous = options.depth == 0 and not options.shares
             if self.host is not None:
@@ -115,7 +117,7 @@ class Runtime:
             self.driver = self.budget.join(self.account, named, synchronous=synchronous)
             undo.callback(self.driver.leave_for_good, self.account)
             self.binder.connect(self._access, self._leave)
-            self._hook(model)
+            self._hook(modules)
             self._expect_saved_order(model)
             undo.pop_all()
         _runtimes[model] = self
@@ -280,25 +282,23 @@ class Runtime:
             table.busy = account.busy
         return account
 
-    def _bind(self, model: nn.Module) -> Binder:
+    def _bind(self, modules: Modules) -> Binder:
         def described(weight: Weight) -> tuple[torch.dtype, tuple[int, ...] | None]:
             return self.stock.dtype(weight), self.stock.stride(weight)
 
         sliced = {name: weight for experts in self.experts.values() for name, weight in experts.weights.items()}
-        return Binder(model, [unit.weights for unit in self.units], described, {**self.tables, **sliced}, self.device)
+        return Binder(modules, [unit.weights for unit in self.units], described, {**self.tables, **sliced}, self.device)
 
-    def _hook(self, model: nn.Module) -> None:
-        modules = {name: module for name, module, _ in walk(model)}
+    def _hook(self, modules: Modules) -> None:
+        named, model, hooks = modules.named, modules.model, Hooks(self.driver)
         for name, places in self.layout.hooked_modules().items():
-            ids = [self.account.units[place].id for place in places]
-            hook_unit(modules[name], ids, self.driver)
+            hooks.unit(named[name], [self.account.units[place].id for place in places])
         for name, experts in self.experts.items():
             experts.announce_to(self._want)
-            hook_experts(modules[name], experts)
-        hook_pass(model, self.driver, self.account)
-        owners = {"", *(use.module for weight in self.stock.weights for use in weight.uses)}
+            hooks.experts(named[name], experts)
+        hooks.whole_pass(model, self.account)
         dtypes = {self.stock.dtype(weight) for weight in self.stock.weights}
-        guard((modules[name] for name in owners), dtypes, self.device)
+        guard(itertools.chain([model], self.binder.modules()), dtypes, self.device)
         self._state = MappedState(self.layout, self.stock, self.binder)
         model.register_state_dict_post_hook(self._state)  # type: ignore[no-untyped-call]
         DeepCopy(model, self.binder.skeleton, self._stream_copy)
@@ -331,6 +331,12 @@ class Runtime:
 
     def __repr__(self) -> str:
         return f"<Runtime of {len(self.units)} units, {self.budget!r}, {self.driver!r}>"
+
+
+def _buffer_bytes(modules: Modules) -> int:
+    """Bytes of all buffers, each counted once."""
+    buffers = {id(found): found for _, module in modules.items() for found in module._buffers.values()}
+    return sum(buffer.nbytes for buffer in buffers.values() if buffer is not None)
 
 
 class _WarnOnce:

@@ -19,8 +19,8 @@ __all__ = ["Stock"]
 
 
 class Stock:
-    """``weights`` in definition order; ``infos`` by their names, empty where a function delivers them; ``sizes`` their
-    bytes when bound.
+    """``weights`` in definition order; ``infos`` by their names, with others that the checkpoint has, empty where a
+    function delivers them; ``nbytes``: of all of them, bound.
     """
 
     def __init__(self, weights: Sequence[Weight], infos: Mapping[str, WeightInfo], wanted: torch.dtype | None) -> None:
@@ -28,7 +28,7 @@ class Stock:
         self.weights = weights
         self.infos = infos
         self._wanted = wanted
-        self.sizes = {weight.name: weight.numel * self.dtype(weight).itemsize for weight in weights}
+        self.nbytes = sum(map(self.nbytes_of, weights))
 
     @classmethod
     def match(
@@ -48,10 +48,13 @@ class Stock:
         absent = {weight.name for weight in matched.missing}
         return cls([weight for weight in weights if weight.name not in absent], matched.infos, wanted)
 
-    @property
-    def nbytes(self) -> int:
-        """All of them, bound."""
-        return sum(self.sizes.values())
+    def nbytes_of(self, weight: Weight) -> int:
+        """One of them, bound."""
+        return weight.numel * self.dtype(weight).itemsize
+
+    def sizes(self) -> dict[str, int]:
+        """Of each weight its bytes when bound, made anew."""
+        return {weight.name: self.nbytes_of(weight) for weight in self.weights}
 
     def cast(self, stored: torch.dtype) -> torch.dtype:
         """The dtype that a stored one is bound in, where the loader has no wish for the weight."""
@@ -64,7 +67,9 @@ class Stock:
     def dtype(self, weight: Weight) -> torch.dtype:
         """The dtype that a weight is bound in, as far as is known before it is loaded."""
         info = self.infos.get(weight.name)
-        return self.cast(weight.dtype) if info is None else self.bound(info)
+        if info is not None:
+            return self.bound(info)
+        return weight.dtype if self._wanted is None else self.cast(weight.dtype)
 
     def stride(self, weight: Weight) -> tuple[int, ...] | None:
         """Its strides when bound; None: contiguous."""

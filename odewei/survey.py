@@ -16,7 +16,7 @@ from torch import nn
 
 from odewei.errors import ModelError
 
-__all__ = ["Use", "Weight", "survey", "walk"]
+__all__ = ["Kind", "Modules", "Use", "Weight", "survey", "walk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +31,45 @@ class Use:
         return f"{self.module}.{self.local_name}" if self.module else self.local_name
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What thousands of weights have in common."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
     """One parameter of the model, as it was built; the checkpoint may have it in another dtype.
 
-    ``uses`` has at least one entry; ``name`` is the first's. The parameter itself is not kept.
+    ``name`` is that of its first use, ``module._parameters[local_name]`` of the module called ``module``, and ``tied``
+    are the others. ``module`` None: no module has it, it is a part of another weight. The parameter itself is not kept.
     """
 
     name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-    uses: tuple[Use, ...]
+    kind: Kind
+    module: str | None
+    local_name: str
+    tied: tuple[Use, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kind.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kind.dtype
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.kind.requires_grad
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """All places that have it; made when asked for, because there may be 100,000 weights."""
+        return () if self.module is None else (Use(self.module, self.local_name), *self.tied)
 
     @property
     def numel(self) -> int:
@@ -50,7 +77,43 @@ class Weight:
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        return tuple(use.name for use in self.uses[1:])
+        return tuple(use.name for use in self.tied)
+
+
+class Modules:
+    """What ``walk`` yields of a model, walked once for all who need it. Holds the modules: keep it no longer."""
+
+    __slots__ = ("_named", "modules", "names", "parents")
+
+    def __init__(self, model: nn.Module) -> None:
+        walked = list(walk(model))
+        self.names = [name for name, _, _ in walked]
+        self.modules = [module for _, module, _ in walked]
+        self.parents = [parent for _, _, parent in walked]
+        self._named: dict[str, nn.Module] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module | Modules) -> Modules:
+        """``model``, walked if it is not yet."""
+        return model if isinstance(model, Modules) else cls(model)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.modules[0]
+
+    @property
+    def named(self) -> dict[str, nn.Module]:
+        """The modules by their names."""
+        if self._named is None:
+            self._named = dict(zip(self.names, self.modules, strict=True))
+        return self._named
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules, in order."""
+        return zip(self.names, self.modules, strict=True)
+
+    def __repr__(self) -> str:
+        return f"<Modules: {len(self.names)} of a {type(self.model).__name__}>"
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
@@ -74,26 +137,34 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
         number += 1
 
 
-def survey(model: nn.Module, *, of_copy: bool = False) -> Sequence[Weight]:
+def survey(model: nn.Module | Modules, *, of_copy: bool = False) -> Sequence[Weight]:
     """The distinct parameters of a model in definition order. A module that appears twice counts under its first name.
 
     Of a copy of a streamed model only those without values: the others are the user's own.
 
     Raises ModelError for a parameter that is more than its bytes (a quantised one) or has no shape yet (a lazy one).
     """
-    found: dict[int, tuple[nn.Parameter, list[Use]]] = {}
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # thousands of weights have the same
-    for prefix, module, _ in walk(model):
+    found: dict[int, tuple[nn.Parameter, str, str]] = {}
+    tied: dict[int, list[Use]] = {}
+    for prefix, module in Modules.of(model).items():
         for local_name, parameter in module._parameters.items():
-            if parameter is not None and (parameter.is_meta or not of_copy):
-                _check_plain(parameter, prefix, local_name)
-                found.setdefault(id(parameter), (parameter, []))[1].append(Use(prefix, local_name))
+            if parameter is None or (of_copy and not parameter.is_meta):
+                continue
+            _check_plain(parameter, prefix, local_name)
+            key = id(parameter)
+            if key in found:
+                tied.setdefault(key, []).append(Use(prefix, local_name))
+            else:
+                found[key] = parameter, prefix, local_name
+    kinds: dict[tuple[torch.Size, torch.dtype, bool], Kind] = {}
     weights = []
-    for parameter, uses in found.values():
-        shape = tuple(parameter.shape)
-        name = sys.intern(uses[0].name)  # the checkpoint has it too
-        shape = shapes.setdefault(shape, shape)
-        weights.append(Weight(name, shape, parameter.dtype, parameter.requires_grad, tuple(uses)))
+    for key, (parameter, prefix, local_name) in found.items():
+        looks = parameter.shape, parameter.dtype, parameter.requires_grad
+        kind = kinds.get(looks)
+        if kind is None:
+            kind = kinds[looks] = Kind(tuple(parameter.shape), *looks[1:])
+        name = sys.intern(f"{prefix}.{local_name}" if prefix else local_name)  # the checkpoint has it too
+        weights.append(Weight(name, kind, prefix, local_name, tuple(tied.get(key, ()))))
     return weights
 
 

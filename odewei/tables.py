@@ -14,19 +14,24 @@ from torch import nn
 
 from odewei.loaders.base import WeightInfo
 from odewei.scheduler.rows import TablePlace
-from odewei.survey import Weight, walk
+from odewei.survey import Modules, Weight
 
 __all__ = ["cache_shares", "find_tables", "table_place"]
 
 _LARGE = 1 << 20  # bytes; smaller tables are read with their block
+_WIDEST = torch.complex128.itemsize
 _SMALLEST_CACHE = 1 << 20
 _PART_OF_BUDGET = 64
 
 
-def find_tables(model: nn.Module, weights: Sequence[Weight], infos: Mapping[str, WeightInfo]) -> list[Weight]:
+def find_tables(model: nn.Module | Modules, weights: Sequence[Weight], infos: Mapping[str, WeightInfo]) -> list[Weight]:
     """The weights that are large, lie row after row in a file, and are looked up by every module that has them."""
-    large = [weight for weight in weights if weight.name in infos and _lies_in_rows(infos[weight.name])]
-    modules = {name: module for name, module, _ in walk(model)} if large else {}
+    large = [
+        weight
+        for weight in weights
+        if weight.numel * _WIDEST >= _LARGE and weight.name in infos and _lies_in_rows(infos[weight.name])
+    ]
+    modules = Modules.of(model).named if large else {}
     known: dict[tuple[type[nn.Module], str], bool] = {}  # a model has many layers, and few kinds of them
 
     def looks_up(kind: type[nn.Module], local_name: str) -> bool:
@@ -49,7 +54,7 @@ def table_place(table: Weight, info: WeightInfo, dtype: torch.dtype) -> TablePla
     """Where one of these tables lies; it is handed out in ``dtype``."""
     assert info.span is not None
     rows, columns = info.shape
-    return TablePlace(table.name, table.uses[0].module, info.span, rows, columns, info.dtype, dtype)
+    return TablePlace(table.name, table.module or "", info.span, rows, columns, info.dtype, dtype)
 
 
 def _lies_in_rows(info: WeightInfo) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from odewei.collector import without_collector
 from odewei.hf import known_to_transformers
 from odewei.loaders import (
     Concat,
@@ -125,19 +124,10 @@ def init_on_demand_weights_model(
         enable_preloading=enable_preloading,
         on_missing=on_missing,
     )
+    if isinstance(source, WeightsLoader):
+        with without_collector():
+            source.weights()  # before the model, which then takes the memory that reading large headers took
     model = build_without_weights(known_to_transformers(model_fn))
-    with _without_collector():
+    with without_collector():
         Runtime(model, source, options)
     return model
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """No garbage collections meanwhile: of 100,000 units none is garbage, and looking takes longer than making them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -6,16 +6,19 @@ Knows units, loaders and how much one reader does at a time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.loaders.remote_file import RemoteFile
 from odewei.scheduler.callable_unit import CallableUnit, Expected
-from odewei.scheduler.read_plan import ReadSettings, Wanted
-from odewei.scheduler.reader import PlannedUnit, UnitReader
-from odewei.scheduler.slabs import PAGE, SlabPool, round_up
+from odewei.scheduler.read_plan import Placement, ReadSettings, Wanted, size_without_plan
+from odewei.scheduler.reader import Job, PlannedUnit, UnitReader
+from odewei.scheduler.slabs import PAGE, Bytes, SlabPool, round_up
 from odewei.stock import Stock
+from odewei.survey import Weight
 from odewei.units import Unit
 
 __all__ = ["SCRATCH_BYTES", "UnitReaders"]
@@ -43,21 +46,62 @@ class UnitReaders:
         self._source, self._stock, self._infos, self._pool = source, stock, infos, pool
         self._num_readers = num_readers
         self._direct = direct
+        self._sizes: dict[int, int] = {}  # thousands of units have the same
+        self._expected = frozenset(weight.name for weight in stock.weights) if not infos else frozenset()
 
     def make(self, unit: Unit) -> UnitReader:
         """The reader of one unit."""
         if isinstance(self._source, CallableLoader):
             expected = [Expected(weight.name, weight.shape, weight.dtype) for weight in unit.weights]
             stock, load = self._stock, self._source.load
-            return CallableUnit(unit.hooked[0], expected, load, self._pool, stock.cast, stock.sizes.__contains__)
-        wanted = tuple(self._wanted(weight.name) for weight in unit.weights)
+            return CallableUnit(unit.hooked[0], expected, load, self._pool, stock.cast, self._expected.__contains__)
+        wanted = self.wanted_of(unit.weights)
+        nbytes = size_without_plan(wanted)
+        if nbytes is not None:
+            return _SmallUnit(self, unit.weights, self._sizes.setdefault(nbytes, nbytes))
         per_reader = sum(weight.nbytes for weight in wanted) // self._num_readers
         chunk = round_up(min(max(per_reader, _SMALLEST_CHUNK), _CHUNK_BYTES), PAGE)
         return PlannedUnit(wanted, _settings(self._direct or any(map(_is_remote, wanted)), chunk), self._source)
 
-    def _wanted(self, name: str) -> Wanted:
-        info = self._infos[name]
-        return Wanted(name, info, self._stock.bound(info))
+    def planned_once(self, weights: Sequence[Weight]) -> PlannedUnit:
+        """How these few bytes are read, for one time."""
+        assert isinstance(self._source, WeightsLoader), "what a function delivers is planned by itself"
+        settings = _settings(self._direct, _SMALLEST_CHUNK)
+        return PlannedUnit(self.wanted_of(weights), settings, self._source, once=True)
+
+    def wanted_of(self, weights: Sequence[Weight]) -> list[Wanted]:
+        """Where weights are, and as what they are wanted."""
+        infos = [self._infos[weight.name] for weight in weights]
+        bound = self._stock.bound
+        return [Wanted(weight.name, info, bound(info)) for weight, info in zip(weights, infos, strict=True)]
+
+
+class _SmallUnit:
+    """A unit of so few bytes that what is known of its reading would be larger: that is made anew for each read, and
+    kept from ``jobs`` to ``tensors``.
+    """
+
+    __slots__ = ("_planned", "_readers", "_weights", "nbytes")
+
+    def __init__(self, readers: UnitReaders, weights: Sequence[Weight], nbytes: int) -> None:
+        self._readers, self._weights, self.nbytes = readers, weights, nbytes
+        self._planned: PlannedUnit | None = None
+
+    def jobs(self) -> Sequence[Job]:
+        self._planned = planned = self._readers.planned_once(self._weights)
+        return planned.jobs()
+
+    @property
+    def placements(self) -> Sequence[Placement]:
+        return self._last().placements
+
+    def tensors(self, slab: Bytes) -> dict[str, torch.Tensor]:
+        return self._last().tensors(slab)
+
+    def _last(self) -> PlannedUnit:
+        """How it was read, for the last time that anybody asks."""
+        planned, self._planned = self._planned, None
+        return planned or self._readers.planned_once(self._weights)
 
 
 def _is_remote(weight: Wanted) -> bool:

@@ -18,24 +18,30 @@ from itertools import pairwise
 from torch import nn
 
 from odewei.options import Granularity
-from odewei.survey import Weight, walk
+from odewei.survey import Modules, Weight
 
 __all__ = ["Unit", "ancestry", "hooked_modules", "partition", "smallest_budget"]
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+_NONE: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """``weights`` by name, which the modules ``hooked`` need when they are entered. ``name`` is that of the first."""
+    """``weights``, which the modules ``hooked`` need when they are entered. ``name`` is that of the first."""
 
     name: str
     weights: tuple[Weight, ...]
-    hooked: tuple[str, ...]
+    hangs_on: str | tuple[str, ...]  # one module, or any number: of 100,000 units each has one
+
+    @property
+    def hooked(self) -> tuple[str, ...]:
+        """The names of the modules that it hangs on."""
+        return (self.hangs_on,) if isinstance(self.hangs_on, str) else self.hangs_on
 
 
 def partition(
-    model: nn.Module,
+    model: nn.Module | Modules,
     weights: Sequence[Weight],
     nbytes: Mapping[str, int],
     max_unit_bytes: int,
@@ -45,18 +51,18 @@ def partition(
 
     ``nbytes`` gives the bytes of a weight by its name. Only ``granularity="auto"`` cuts by size.
     """
-    tree = _Tree(model)
+    tree = _Tree(Modules.of(model))
     innermost = tree.innermost(_roots(tree, weights, nbytes, max_unit_bytes, granularity))
     members: dict[int, list[Weight]] = {}
     tied: list[Weight] = []
     for weight in weights:
-        root = innermost[tree.place[weight.uses[0].module]]
-        if any(innermost[tree.place[use.module]] != root for use in weight.uses[1:]):
+        root = innermost[tree.place[tree.owner(weight)]]
+        if any(innermost[tree.place[use.module]] != root for use in weight.tied):
             tied.append(weight)
         else:
             members.setdefault(root, []).append(weight)
     units = [
-        Unit(tree.names[root] or type(model).__name__, tuple(found), (tree.names[root],))
+        Unit(tree.names[root] or type(tree.modules[0]).__name__, tuple(found), tree.names[root])
         for root, found in members.items()
     ]
     for weight in tied:
@@ -95,7 +101,8 @@ def _roots(
     tree: _Tree, weights: Sequence[Weight], nbytes: Mapping[str, int], max_unit_bytes: int, granularity: Granularity
 ) -> set[int]:
     """The modules that are roots of units: each weight belongs to the innermost root that holds it."""
-    owners = {tree.place[use.module] for weight in weights for use in weight.uses}
+    owners = {tree.place[tree.owner(weight)] for weight in weights}
+    owners.update(tree.place[use.module] for weight in weights for use in weight.tied)
     if granularity == "leaf":
         return {0, *owners}
     if callable(granularity):
@@ -116,22 +123,24 @@ class _Tree:
     ``ends[i]`` is the number after the last module below ``i``, so that what is below it is ``range(i + 1, ends[i])``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.names: list[str] = []
-        self.modules: list[nn.Module] = []
-        self.parents: list[int] = []
-        self.children: list[list[int]] = []
-        for name, module, parent in walk(model):
+    def __init__(self, modules: Modules) -> None:
+        self.names, self.modules, self.parents = modules.names, modules.modules, modules.parents
+        self.children: list[Sequence[int]] = [_NONE] * len(self.names)
+        for index, parent in enumerate(self.parents):
             if parent >= 0:
-                self.children[parent].append(len(self.names))
-            self.names.append(name)
-            self.modules.append(module)
-            self.parents.append(parent)
-            self.children.append([])
+                if self.children[parent] is _NONE:
+                    self.children[parent] = []
+                self.children[parent].append(index)  # type: ignore[attr-defined]
         self.place = {name: index for index, name in enumerate(self.names)}
         self.ends = [index + 1 for index in range(len(self.names))]
         for index, parent in reversed(list(enumerate(self.parents))[1:]):
             self.ends[parent] = max(self.ends[parent], self.ends[index])
+
+    @staticmethod
+    def owner(weight: Weight) -> str:
+        """The module that has a weight first."""
+        assert weight.module is not None, "a part of a weight is in no module"
+        return weight.module
 
     def innermost(self, roots: set[int]) -> list[int]:
         """For each module the root at or nearest above it."""
@@ -176,7 +185,7 @@ class _Cutter:
         self._by_size = by_size
         self._below = [0] * len(tree.names)  # bytes of the weights at and below a module
         for weight in weights:
-            self._below[tree.place[weight.uses[0].module]] += nbytes[weight.name]
+            self._below[tree.place[tree.owner(weight)]] += nbytes[weight.name]
         for index in range(len(tree.names) - 1, 0, -1):
             self._below[tree.parents[index]] += self._below[index]
         self._rest = list(self._below)  # of those, what no deeper root has taken

@@ -87,6 +87,7 @@ def _parse(header: bytes, data_start: int, file: CheckpointFile) -> Iterator[Wei
     if not header.startswith(b"{"):
         _refuse(file, "the header does not begin with '{'")
     names = set()
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # thousands of weights have the same
     try:
         text = JsonText(header, parse_int=_count)
         for name in text.pairs():
@@ -96,7 +97,7 @@ def _parse(header: bytes, data_start: int, file: CheckpointFile) -> Iterator[Wei
             if name == "__metadata__":
                 _skip_metadata(text, file)
             else:
-                yield _weight(name, _entry(text), data_start, file)
+                yield _weight(name, _entry(text), data_start, file, shapes)
         text.end()
     except UnicodeError as error:
         _refuse(file, "the header is not UTF-8 text", cause=error)
@@ -134,7 +135,13 @@ def _skip_metadata(text: JsonText, file: CheckpointFile) -> None:
         _refuse(file, f"the header's __metadata__ is not a mapping of strings to strings: {error}", cause=error)
 
 
-def _weight(name: str, entry: object, data_start: int, file: CheckpointFile) -> WeightInfo:
+def _weight(
+    name: str,
+    entry: object,
+    data_start: int,
+    file: CheckpointFile,
+    shapes: dict[tuple[int, ...], tuple[int, ...]],
+) -> WeightInfo:
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         _refuse(file, f"a tensor is described by {_brief(entry)} instead of dtype, shape, data_offsets", weight=name)
     if not isinstance(entry["dtype"], str):
@@ -157,6 +164,7 @@ def _weight(name: str, entry: object, data_start: int, file: CheckpointFile) -> 
         _refuse(file, f"{what}, but its data_offsets hold {end - begin}", weight=name)
     if entry["dtype"] == "F4":
         shape = _in_pairs(shape, name, file)
+    shape = shapes.setdefault(shape, shape)
     return WeightInfo(sys.intern(name), dtype, shape, Span(file, data_start + begin, end - begin))
 
 

@@ -85,16 +85,18 @@ class UnitReader(Protocol):
 
 class PlannedUnit:
     """A unit whose weights' places are known: the plan, done. A small unit's plan, which may be larger than the unit,
-    is made each time that it is needed.
+    is made each time that it is needed, unless this is for one read only (``once``).
     """
 
     __slots__ = ("_loader", "_plan", "_settings", "_wanted", "nbytes")
 
-    def __init__(self, wanted: Sequence[Wanted], settings: ReadSettings, loader: WeightsLoader) -> None:
+    def __init__(
+        self, wanted: Sequence[Wanted], settings: ReadSettings, loader: WeightsLoader, *, once: bool = False
+    ) -> None:
         self._wanted = wanted
         self._settings = settings
         self._loader = loader
-        nbytes = size_without_plan(wanted)
+        nbytes = None if once else size_without_plan(wanted)
         self._plan = UnitReadPlan.make(wanted, settings) if nbytes is None else None
         self.nbytes: int = self.plan.nbytes if nbytes is None else nbytes
 

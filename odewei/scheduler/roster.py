@@ -33,7 +33,9 @@ class Roster:
         """A model comes. Its units are expected in the order given, those that are only there on demand not at all."""
         for place, (name, reader) in enumerate(units):
             on_demand = account.ahead is not None and place >= account.ahead
-            record = UnitRecord(next(self._ids), name, reader.nbytes, account, place, reader, on_demand)
+            number = next(self._ids)
+            number = place if number == place else number  # one object instead of two
+            record = UnitRecord(number, name, reader.nbytes, account, place, reader, on_demand)
             self.units[record.id] = record
             account.units.append(record)
             if on_demand:
