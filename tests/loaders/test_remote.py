@@ -522,6 +522,34 @@ def test_without_ranges_an_index_is_read_whole(site: Site, tmp_path: Path) -> No
         loader.weights()
 
 
+# -- verify ----------------------------------------------------------------------------------------------------------
+
+
+def test_sums_are_for_local_files(site: Site, tmp_path: Path) -> None:
+    """verify="sha256" with a URL is an OptionsError, whether a file, a shard or the index is remote."""
+    index = save_shards(TENSORS, tmp_path, [".safetensors"])
+    for make in (
+        lambda: SafetensorsLoader(f"{site.url}/model.safetensors", verify="sha256"),
+        lambda: open_checkpoint(f"{site.url}/model.safetensors", verify="sha256"),
+        lambda: ShardedWeightsLoader(f"{site.url}/{index.name}", tmp_path, verify="sha256"),
+        lambda: ShardedWeightsLoader(index, site.url, verify="sha256"),
+    ):
+        with pytest.raises(OptionsError, match=r"for local files.*download the checkpoint"):
+            make()
+
+
+def test_a_part_of_a_remote_file_is_read_where_that_is_asked_for(site: Site, tmp_path: Path) -> None:
+    """A file that was cut is refused; with verify="none" the weights that are whole are read, others are errors."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CorruptCheckpointError):
+        loader_of(site).weights()
+    loader = SafetensorsLoader(f"{site.url}/model.safetensors", verify="none", remote=RemoteOptions(sleep=Waits()))
+    assert_same(loader("module", ["a"])["a"], TENSORS["a"])
+    with pytest.raises(WeightReadError, match="ends 1 bytes too early"):
+        loader("module", ["d"])
+
+
 # -- what changes ----------------------------------------------------------------------------------------------------
 
 
