@@ -27,6 +27,7 @@ from odewei.stock import Stock
 from odewei.survey import Modules, survey
 from odewei.tables import cache_shares
 from odewei.unit_readers import UnitReaders
+from odewei.units import Unit
 
 __all__ = ["Forecast", "Matrix", "Outline", "UnitGroup", "is_tied"]
 
@@ -109,7 +110,7 @@ class Outline:
         self._layout = Layout(modules, self._stock, budget.expect, "auto", by_rows=True)
         everything = self._layout.infos(self._stock)
         readers = UnitReaders(loader, self._stock, everything, budget.pool, num_readers=num_readers, direct=direct)
-        self._units = [_rehearsed(unit.name, readers.make(unit)) for unit in self._layout.units]
+        self._units = [_rehearsed(unit, readers) for unit in self._layout.units]
         self.budget_bytes = budget.limit_bytes
         self._sizes = [unit.nbytes for unit in self._units]
         self.least_bytes = self._layout.least_bytes(self._sizes)
@@ -244,10 +245,11 @@ def is_tied(loader: WeightsLoader) -> bool:
     return has_head and bool(config.get("tie_word_embeddings", inner.get("tie_word_embeddings", True)))
 
 
-def _rehearsed(name: str, reader: object) -> RehearsedUnit:
-    assert isinstance(reader, PlannedUnit)
-    read_bytes = sum(getattr(read, "needed", read.nbytes) for job in reader.plan.jobs for read in job)
-    return RehearsedUnit(name, reader.nbytes, read_bytes)
+def _rehearsed(unit: Unit, readers: UnitReaders) -> RehearsedUnit:
+    reader = readers.make(unit)
+    planned = reader if isinstance(reader, PlannedUnit) else readers.planned_once(unit.weights)
+    read_bytes = sum(getattr(read, "needed", read.nbytes) for job in planned.plan.jobs for read in job)
+    return RehearsedUnit(unit.name, reader.nbytes, read_bytes)
 
 
 def _has_settled(passes: Sequence[RehearsedPass]) -> bool:

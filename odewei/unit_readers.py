@@ -61,13 +61,16 @@ class UnitReaders:
             return _SmallUnit(self, unit.weights, self._sizes.setdefault(nbytes, nbytes))
         per_reader = sum(weight.nbytes for weight in wanted) // self._num_readers
         chunk = round_up(min(max(per_reader, _SMALLEST_CHUNK), _CHUNK_BYTES), PAGE)
-        return PlannedUnit(wanted, _settings(self._direct or any(map(_is_remote, wanted)), chunk), self._source)
+        return PlannedUnit(wanted, self._settings(wanted, chunk), self._source)
 
     def planned_once(self, weights: Sequence[Weight]) -> PlannedUnit:
         """How these few bytes are read, for one time."""
         assert isinstance(self._source, WeightsLoader), "what a function delivers is planned by itself"
-        settings = _settings(self._direct, _SMALLEST_CHUNK)
-        return PlannedUnit(self.wanted_of(weights), settings, self._source, once=True)
+        wanted = self.wanted_of(weights)
+        return PlannedUnit(wanted, self._settings(wanted, _SMALLEST_CHUNK), self._source, once=True)
+
+    def _settings(self, wanted: Sequence[Wanted], chunk_bytes: int) -> ReadSettings:
+        return _settings(self._direct or any(map(_is_remote, wanted)), chunk_bytes)
 
     def wanted_of(self, weights: Sequence[Weight]) -> list[Wanted]:
         """Where weights are, and as what they are wanted."""

@@ -63,4 +63,6 @@ def test_the_network_is_not_measured(checkpoint: Path) -> None:
         result = invoke("plan", site.url, "--memory-budget", "2MiB")
         assert result.exit_code == 2
         assert "give --bandwidth" in " ".join(result.stderr.split())
-        assert document(invoke("plan", site.url, "--memory-budget", "2MiB", "--bandwidth", "1MB", "--json"))["disk_bound"]
+        assert document(invoke("plan", site.url, "--memory-budget", "2MiB", "--bandwidth", "1MB", "--json"))[
+            "disk_bound"
+        ]
