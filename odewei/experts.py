@@ -116,11 +116,20 @@ def listed_experts(model: nn.Module | Modules, units: Sequence[Unit]) -> list[bo
         return of_kind[key]
 
     def is_in_one(name: str) -> bool:
-        """Whether the module is an expert, or lies in one."""
-        holder = name.rpartition(".")[0]
-        if holder not in of_list:
-            of_list[holder] = holds_experts(holder) or (bool(holder) and is_in_one(holder))
-        return of_list[holder]
+        """Whether the module is an expert, or lies in one. No recursion: a function that holds itself would hold the
+        modules until the collector comes by.
+        """
+        found, asked = False, []
+        while name and not found:
+            name = name.rpartition(".")[0]
+            known = of_list.get(name)
+            if known is not None:
+                found = known
+                break
+            asked.append(name)
+            found = holds_experts(name)
+        of_list.update(dict.fromkeys(asked, found))
+        return found
 
     return [all(map(is_in_one, unit.hooked)) for unit in units]
 
