@@ -17,6 +17,7 @@ from pathlib import Path
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError, OptionsError
 from odewei.loaders.checkpoint_index import read_index
+from odewei.loaders.remote_path import is_url
 from odewei.loaders.safetensors_file import read_header
 from odewei.scheduler.slabs import PAGE
 
@@ -43,6 +44,8 @@ def align(
     Raises CheckpointError for files that are not whole or no safetensors, CheckpointNotFoundError, and OptionsError if
     something of the same name is in the folder: nothing is ever overwritten.
     """
+    if is_url(source):
+        raise OptionsError("only a local checkpoint can be aligned", cure="Download it first")
     weights, others = _files(Path(source))
     root, target = (Path(source) if os.path.isdir(source) else Path(source).parent), Path(folder)
     copies = {file: target / file.relative_to(root) for file in (*weights, *others)}
@@ -73,7 +76,7 @@ def _files(source: Path) -> tuple[list[Path], list[Path]]:
     if source.name.endswith(_INDEX):
         index = read_index(source, source.parent, "weight_map")
         index.check_shards()
-        weights = list(index.by_shard())
+        weights = [shard for shard in index.by_shard() if isinstance(shard, Path)]
         others = [source]
     else:
         weights, others = [source], []

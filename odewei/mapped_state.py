@@ -2,8 +2,8 @@
 
 Each weight becomes a tensor over a private, copy-on-write map of the checkpoint's file: it takes page cache that the
 system may drop, none of the budget, and what is written into it changes neither file nor model. Weights that are not
-in a file as the model has them (cast on load, delivered by a function) stay placeholders, loaded when they are used;
-those that were changed in place are the changed ones.
+in a local file as the model has them (remote, cast on load, delivered by a function) stay placeholders, loaded when
+they are used; those that were changed in place are the changed ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from odewei.binding import Binder
 from odewei.copies import leave_out, refuse_copy
 from odewei.layout import Layout
 from odewei.loaders.base import CheckpointFile
+from odewei.loaders.remote_file import RemoteFile
 from odewei.placeholder import Placeholder
 from odewei.scheduler.reader import cannot_read
 from odewei.stock import Stock
@@ -66,6 +67,8 @@ class MappedState:
         if info.span.offset % info.dtype.itemsize:
             return None  # torch computes with whole elements
         file = info.span.file
+        if isinstance(file, RemoteFile):
+            return None
         if info.span.offset + info.span.nbytes > file.size:
             return None  # opened with verify="none": touching a page beyond the end would kill the process
         if file not in files:

@@ -15,6 +15,7 @@ from odewei.loaders import (
     GatheringLoader,
     GgufLoader,
     NumpyLoader,
+    RemoteOptions,
     SafetensorsLoader,
     ShardedWeightsLoader,
     Stack,
@@ -35,6 +36,7 @@ __all__ = [
     "GatheringLoader",
     "GgufLoader",
     "NumpyLoader",
+    "RemoteOptions",
     "SafetensorsLoader",
     "ShardedWeightsLoader",
     "Stack",
@@ -79,8 +81,8 @@ def init_on_demand_weights_model(
 
     Args:
         model_fn: builds the module. It runs with parameters on the meta device, so that it takes no memory for weights.
-        weights_loader_fn: a loader of ``odewei.loaders``; a path of a checkpoint; a mapping of names to tensors; or a
-            function ``(module_name, weight_names) -> {name: tensor}``, which is called in a reader thread.
+        weights_loader_fn: a loader of ``odewei.loaders``; a path or URL of a checkpoint; a mapping of names to tensors;
+            or a function ``(module_name, weight_names) -> {name: tensor}``, which is called in a reader thread.
         prefetch_depth: how many units (layers, mostly) to read ahead of their use; 0 reads each when it is needed,
             without any thread; "auto" reads ahead as far as keeps the disk busy.
         memory_budget: bytes of weights in memory at once, in flight included: an int, text such as "6GiB", "auto":

@@ -12,6 +12,7 @@ import torch
 
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
+from odewei.loaders.remote_file import RemoteFile
 from odewei.scheduler.callable_unit import CallableUnit, Expected
 from odewei.scheduler.read_plan import Placement, ReadSettings, Wanted, size_without_plan
 from odewei.scheduler.reader import Job, PlannedUnit, UnitReader
@@ -60,13 +61,16 @@ class UnitReaders:
             return _SmallUnit(self, unit.weights, self._sizes.setdefault(nbytes, nbytes))
         per_reader = sum(weight.nbytes for weight in wanted) // self._num_readers
         chunk = round_up(min(max(per_reader, _SMALLEST_CHUNK), _CHUNK_BYTES), PAGE)
-        return PlannedUnit(wanted, _settings(self._direct, chunk), self._source)
+        return PlannedUnit(wanted, self._settings(wanted, chunk), self._source)
 
     def planned_once(self, weights: Sequence[Weight]) -> PlannedUnit:
         """How these few bytes are read, for one time."""
         assert isinstance(self._source, WeightsLoader), "what a function delivers is planned by itself"
-        settings = _settings(self._direct, _SMALLEST_CHUNK)
-        return PlannedUnit(self.wanted_of(weights), settings, self._source, once=True)
+        wanted = self.wanted_of(weights)
+        return PlannedUnit(wanted, self._settings(wanted, _SMALLEST_CHUNK), self._source, once=True)
+
+    def _settings(self, wanted: Sequence[Wanted], chunk_bytes: int) -> ReadSettings:
+        return _settings(self._direct or any(map(_is_remote, wanted)), chunk_bytes)
 
     def wanted_of(self, weights: Sequence[Weight]) -> list[Wanted]:
         """Where weights are, and as what they are wanted."""
@@ -101,6 +105,11 @@ class _SmallUnit:
         """How it was read, for the last time that anybody asks."""
         planned, self._planned = self._planned, None
         return planned or self._readers.planned_once(self._weights)
+
+
+def _is_remote(weight: Wanted) -> bool:
+    """Whether each read of it is a request to somebody far away: few large ones, as for direct reads, are best then."""
+    return weight.info.span is not None and isinstance(weight.info.span.file, RemoteFile)
 
 
 @functools.cache

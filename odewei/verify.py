@@ -18,6 +18,7 @@ from odewei.loaders.base import CheckpointFile, WeightInfo
 from odewei.loaders.checkpoint_index import read_index
 from odewei.loaders.numpy_file import arrays_in
 from odewei.loaders.open_checkpoint import INDEX_SUFFIX, choose
+from odewei.loaders.remote_path import as_place
 from odewei.loaders.sharded import open_weights_file
 from odewei.loaders.sums import SUMS_NAME, KnownSum, find_sum, format_sum, hash_file, read_sums, wrong_sum
 
@@ -108,7 +109,7 @@ def verify(
     What is wrong with files is in the report. Raises CheckpointError only for what is no checkpoint at all, or a list
     of sums that cannot be read, OptionsError for ``sums`` that are none.
     """
-    start = choose(Path(path))
+    start = _start(path)
     return VerifyReport(Path(path), _look(start, _lookup(sums, _folder(start)), on_progress))
 
 
@@ -118,7 +119,7 @@ def write_sums(path: str | os.PathLike[str], *, on_progress: OnProgress | None =
     Its headers, and sums that are known already, are checked first. Raises CheckpointError if anything is wrong with
     them, OptionsError if there is a SHA256SUMS: what was right once is not replaced by what is there now.
     """
-    start = choose(Path(path))
+    start = _start(path)
     target = _folder(start) / SUMS_NAME
     if os.path.lexists(target):
         raise OptionsError(f"{target} is there already", cure="Compare with it (odewei verify), or remove it first")
@@ -228,6 +229,7 @@ def _shards(start: Path) -> list[_Looked]:
         return [first]
     found = [first]
     for shard, names in index.by_shard().items():
+        assert isinstance(shard, Path), "the folder is local"
         one = _Looked(shard)
         has = _open(one)
         missing = [] if has is None else [name for name in names if name not in has]
@@ -257,6 +259,14 @@ def _open(one: _Looked) -> Mapping[str, WeightInfo] | None:
 def _shown(path: Path | str) -> str:
     """A name without what a terminal would obey or cannot print: it may come from the index."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(path))
+
+
+def _start(path: str | os.PathLike[str]) -> Path:
+    """The file or folder that the checkpoint begins at. Raises CheckpointError, OptionsError for a URL."""
+    place = as_place(path)
+    if not isinstance(place, Path):
+        raise OptionsError("only a local checkpoint can be verified", file=str(place), cure="Download it first")
+    return choose(place)
 
 
 def _folder(start: Path) -> Path:

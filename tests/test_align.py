@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import odewei
 from odewei import cli
 from odewei.align import align
+from odewei.errors import OptionsError
 from odewei.loaders.safetensors_file import read_header
 from odewei.runtime import runtime_of
 from odewei.scheduler.read_plan import PlacedRead
@@ -149,3 +150,9 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert again.exit_code == 1
     assert "is there already" in again.output
     assert "Traceback" not in again.output
+
+
+def test_a_url_is_not_aligned(tmp_path: Path) -> None:
+    """What is to be copied is downloaded first."""
+    with pytest.raises(OptionsError, match=r"only a local checkpoint.*Download it"):
+        align("https://127.0.0.1/model.safetensors", tmp_path / "copy")

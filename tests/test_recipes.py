@@ -36,7 +36,7 @@ def by_expert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous().clone() for name, tensor in found.items()}
 
 
-def fused(path: Path, layers: int, experts: int = EXPERTS) -> GatheringLoader:
+def fused(path: Path | str, layers: int, experts: int = EXPERTS) -> GatheringLoader:
     """The same state as the model has it."""
     recipes: dict[str, Stack | Concat] = {}
     for layer in range(layers):

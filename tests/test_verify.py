@@ -221,3 +221,10 @@ def test_a_damaged_list_beside_the_files_is_a_problem_of_each(checkpoint: Path) 
     assert len(report.problems) == 3
     with pytest.raises(CorruptCheckpointError, match="line 1"):
         odewei.open_checkpoint(checkpoint, verify="sha256")
+
+
+def test_a_remote_checkpoint_is_refused() -> None:
+    """Nothing is asked of the other side."""
+    for look in (odewei.verify, write_sums):
+        with pytest.raises(OptionsError, match=r"only a local checkpoint.*Download it first"):
+            look("https://host.invalid/model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -65,7 +66,7 @@ def _disk(given: int | None, weights: Mapping[str, WeightInfo]) -> _Disk:
     with progress_console().status("reading the files to measure the disk"):
         sample = _sample(files)
     if sample is None:
-        raise click.UsageError("the weights are not in files as they are: give --bandwidth")
+        raise click.UsageError("the weights are not in local files as they are: give --bandwidth")
     how = "direct reads" if sample.direct else "reads through the page cache, which may make it look faster"
     return _Disk(sample.bandwidth, f"measured, {format_nbytes(sample.nbytes)} by 4 parallel {how}")
 
@@ -78,7 +79,8 @@ def _sample(files: list[CheckpointFile]) -> DiskSample | None:
 
 def _files(weights: Mapping[str, WeightInfo]) -> list[CheckpointFile]:
     infos = (each for info in weights.values() for each in (info, *(part.source for part in info.parts)))
-    return list({info.span.file: None for info in infos if info.span is not None})
+    files = {info.span.file: None for info in infos if info.span is not None}
+    return [file for file in files if isinstance(file.path, Path)]  # of a network nothing is measured
 
 
 def _products(outline: Outline, tokens: int) -> Mapping[Matrix, float]:

@@ -14,6 +14,7 @@ from odewei.loaders.gguf_file import GgufLoader
 from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.open_checkpoint import open_checkpoint
 from odewei.loaders.plain_callable import CallableLoader, as_source
+from odewei.loaders.remote_path import RemoteOptions
 from odewei.loaders.safetensors_file import SafetensorsLoader
 from odewei.loaders.sharded import ShardedWeightsLoader
 from odewei.loaders.state_dict import StateDictLoader
@@ -28,6 +29,7 @@ __all__ = [
     "GgufLoader",
     "NumpyLoader",
     "Recipe",
+    "RemoteOptions",
     "SafetensorsLoader",
     "ShardedWeightsLoader",
     "Span",

@@ -20,6 +20,7 @@ import torch
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError, OptionsError, WeightReadError
 from odewei.loaders.names import Names, Rename
+from odewei.loaders.remote_path import AnyPath, RemotePath
 
 __all__ = ["CheckpointFile", "Span", "WeightInfo", "WeightPart", "WeightsLoader"]
 
@@ -28,21 +29,24 @@ __all__ = ["CheckpointFile", "Span", "WeightInfo", "WeightPart", "WeightsLoader"
 class CheckpointFile:
     """A file as it was when its header was read, so that a change under a running model is noticed.
 
-    ``size`` is in bytes, ``mtime_ns`` in nanoseconds since the epoch; ``path`` is absolute.
+    ``size`` is in bytes, ``mtime_ns`` in nanoseconds since the epoch; ``path`` is absolute. A remote one is a
+    ``RemoteFile``, which cannot be opened but reads.
     """
 
-    path: Path
+    path: AnyPath
     size: int
     mtime_ns: int
     inode: int
 
     @classmethod
-    def stat(cls, path: Path) -> CheckpointFile:
-        """The file at ``path`` as it is now; nothing is opened.
+    def stat(cls, path: AnyPath) -> CheckpointFile:
+        """The file at ``path`` as it is now; nothing is opened. A remote one is as its loader saw it first.
 
         Raises CheckpointNotFoundError if there is none, CheckpointError for what is not a regular file: to open a
         pipe or a device can block or have effects.
         """
+        if isinstance(path, RemotePath):
+            return path.stat()
         try:
             found = os.stat(path)
         except (FileNotFoundError, NotADirectoryError) as error:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import PureWindowsPath
 from typing import NoReturn
 
 from odewei.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError
 from odewei.loaders.base import CheckpointFile
 from odewei.loaders.file_loader import open_header
 from odewei.loaders.json_pairs import JsonText
+from odewei.loaders.remote_path import AnyPath, as_place, is_url
 
 __all__ = ["CheckpointIndex", "check_shard_name", "parse_index", "read_index"]
 
@@ -30,12 +31,12 @@ _CURE = "Download the index again"
 class CheckpointIndex:
     """``shards[weight]`` is the file that holds the weight; ``path`` is where the index was read."""
 
-    path: Path
-    shards: Mapping[str, Path]
+    path: AnyPath
+    shards: Mapping[str, AnyPath]
 
-    def by_shard(self) -> dict[Path, list[str]]:
+    def by_shard(self) -> dict[AnyPath, list[str]]:
         """The names of the weights in each shard, in the order of the index."""
-        names: dict[Path, list[str]] = {}
+        names: dict[AnyPath, list[str]] = {}
         for weight, shard in self.shards.items():
             names.setdefault(shard, []).append(weight)
         return names
@@ -61,20 +62,21 @@ def read_index(
 
     Raises CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError.
     """
-    file = CheckpointFile.stat(Path(path))
+    place = as_place(path)
+    file = CheckpointFile.stat(place)
     if file.size > _MAX_INDEX_NBYTES:
         raise CorruptCheckpointError(
             f"an index of {file.size} bytes is no index", file=str(path), cure="Name the *.index.json file"
         )
     with open_header(file) as stream:
         text = stream.read()
-    return parse_index(text, Path(path), Path(weights_dir), weights_mapping_key)
+    return parse_index(text, place, as_place(weights_dir), weights_mapping_key)
 
 
-def parse_index(text: bytes, path: Path, weights_dir: Path, weights_mapping_key: str) -> CheckpointIndex:
+def parse_index(text: bytes, path: AnyPath, weights_dir: AnyPath, weights_mapping_key: str) -> CheckpointIndex:
     """The index in ``text``; ``path`` is for messages. Pure."""
     keys: list[str] = []
-    shards: dict[str, Path] | None = None
+    shards: dict[str, AnyPath] | None = None
     try:
         found = JsonText(text)
         if not found.is_at(b"{"):
@@ -99,10 +101,10 @@ def parse_index(text: bytes, path: Path, weights_dir: Path, weights_mapping_key:
     return CheckpointIndex(path, shards)
 
 
-def _shards(found: JsonText, path: Path, weights_dir: Path) -> dict[str, Path]:
+def _shards(found: JsonText, path: AnyPath, weights_dir: AnyPath) -> dict[str, AnyPath]:
     """The mapping of weights to files; each name of a file is checked, and kept once."""
-    checked: dict[str, Path] = {}
-    shards: dict[str, Path] = {}
+    checked: dict[str, AnyPath] = {}
+    shards: dict[str, AnyPath] = {}
     for weight in found.pairs():
         if weight in shards:
             raise ValueError(f"the name {weight[:200]!r} occurs twice")
@@ -126,7 +128,7 @@ def _kind(found: JsonText) -> str:
     return type(found.value(_MAX_VALUE_NBYTES)).__name__
 
 
-def check_shard_name(name: str, *, index: Path) -> None:
+def check_shard_name(name: str, *, index: AnyPath) -> None:
     """Raise UnsafeCheckpointError unless ``name`` stays in its folder, on any system, as far as the text tells.
 
     Raises CorruptCheckpointError for a name that cannot be a file at all.
@@ -134,6 +136,8 @@ def check_shard_name(name: str, *, index: Path) -> None:
     windows = PureWindowsPath(name)  # splits at both kinds of slash, so it sees what any system would see
     if windows.drive or windows.root or name.startswith("/"):
         what = "is absolute"
+    elif is_url(name):
+        what = "leads to a place of its own"
     elif ".." in windows.parts:
         what = "leads out of its folder"
     elif "\0" in name or not windows.parts or len(name) > _MAX_SHARD_NAME:
@@ -148,5 +152,5 @@ def check_shard_name(name: str, *, index: Path) -> None:
     )
 
 
-def _refuse(path: Path, problem: str, *, cure: str = _CURE, cause: Exception | None = None) -> NoReturn:
+def _refuse(path: AnyPath, problem: str, *, cure: str = _CURE, cause: Exception | None = None) -> NoReturn:
     raise CorruptCheckpointError(problem, file=str(path), cure=cure) from cause

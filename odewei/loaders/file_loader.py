@@ -1,12 +1,13 @@
 """What the loaders of files share: headers read once, a file opened and checked, a span read the plain way.
 
-Knows files and bytes. A file is opened for each read and closed after it: nothing stays open between reads, no file
-descriptor can be closed under a reading thread, and a file that was replaced is noticed.
+Knows files and bytes. A local file is opened for each read and closed after it: nothing stays open between reads, no
+file descriptor can be closed under a reading thread, and a file that was replaced is noticed.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import threading
 from abc import abstractmethod
@@ -18,19 +19,25 @@ from typing import BinaryIO
 
 import torch
 
-from odewei.errors import CheckpointError, WeightReadError
+from odewei.errors import CheckpointError, OptionsError, WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightInfo, WeightsLoader
 from odewei.loaders.names import Rename
+from odewei.loaders.remote_file import RemoteFile, RemoteStream
+from odewei.loaders.remote_path import AnyPath, RemoteOptions, as_place
 from odewei.loaders.sums import Verify, as_verify, check_sum
 
 __all__ = ["FileLoader", "open_again", "open_header", "read_span"]
 
 _EIO_TRIES = 3
+_REMOTE_BUFFER_NBYTES = 1 << 18  # what is asked for to read a header
 
 
 @contextmanager
 def open_header(file: CheckpointFile) -> Iterator[BinaryIO]:
     """``file``, open for reading its header. Raises CheckpointError, also when the file changes meanwhile."""
+    if isinstance(file, RemoteFile):
+        yield io.BufferedReader(RemoteStream(file), _REMOTE_BUFFER_NBYTES)
+        return
     try:
         with open(file.path, "rb") as stream:
             file.check_unchanged(stream.fileno())
@@ -47,6 +54,12 @@ def open_header(file: CheckpointFile) -> Iterator[BinaryIO]:
 @contextmanager
 def open_again(file: CheckpointFile, weight: str) -> Iterator[BinaryIO]:
     """``file``, open for reading a weight. Raises WeightReadError, also when the file is not what it was any more."""
+    if isinstance(file, RemoteFile):
+        try:
+            yield io.BufferedReader(RemoteStream(file), _REMOTE_BUFFER_NBYTES)
+        except CheckpointError as error:
+            raise WeightReadError(error.problem, weight=weight, file=error.file, cure=error.cure) from error
+        return
     try:
         with open(file.path, "rb") as stream:
             file.check_unchanged(stream.fileno(), weight=weight)
@@ -73,6 +86,9 @@ def read_span(info: WeightInfo, buffer: memoryview) -> None:
             f"{info.name} has {info.nbytes} bytes, the buffer {buffer.nbytes}, the span {info.span.nbytes}"
         )
     file = info.span.file
+    if isinstance(file, RemoteFile):
+        file.read([buffer], info.span.offset, info.nbytes, weight=info.name)
+        return
     try:
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -113,6 +129,9 @@ def _failed(info: WeightInfo, problem: str, cure: str) -> WeightReadError:
 class FileLoader(WeightsLoader):
     """A checkpoint that begins at one file, ``path``. The headers are read when they are first asked for, and once.
 
+    ``path`` may be a URL that fsspec can read; ``storage_options`` are fsspec's (credentials, mostly), ``remote`` says
+    how such files are read. Pickles hold both, credentials included.
+
     Copies and pickles keep the headers that were read, so that they too notice a file that has changed since. A
     ``rename`` that cannot be pickled (a lambda) keeps the loader from it.
 
@@ -121,7 +140,8 @@ class FileLoader(WeightsLoader):
     where), once a process; a wrong sum is a CorruptCheckpointError, no sum a CheckpointError. All this happens when the
     headers are read, and takes as long as reading the checkpoint once. "none": a file may end too early or too late,
     and a weight that is not all there is a WeightReadError when it is read. Whatever else is checked always is.
-    Archives (.npz, torch's files) say themselves where they end, so that "none" changes nothing for them.
+    Archives (.npz, torch's files) say themselves where they end, so that "none" changes nothing for them. A remote file
+    cannot have "sha256" (OptionsError): that would be to download all of it before the first use.
     """
 
     def __init__(
@@ -132,24 +152,32 @@ class FileLoader(WeightsLoader):
         dtype: torch.dtype | None = None,
         rename: Rename | None = None,
         prefix: str = "",
+        storage_options: Mapping[str, object] | None = None,
+        remote: RemoteOptions | None = None,
         verify: Verify = "size",
     ) -> None:
         super().__init__(device=device, dtype=dtype, rename=rename, prefix=prefix)
         self.verify = as_verify(verify)
-        self.path = Path(path)
+        self.path = as_place(path, storage_options, remote)
+        if self.verify == "sha256" and not isinstance(self.path, Path):
+            raise OptionsError(
+                "verify='sha256' is for local files: a remote one would have to be read as a whole before it is used",
+                file=str(self.path),
+                cure="Use verify='size', or download the checkpoint and open the copy",
+            )
         self._check_path()
         self._weights: dict[str, WeightInfo] | None = None
         self._lock = threading.Lock()
 
     @property
-    def place(self) -> Path:
-        return self.path
+    def place(self) -> Path | None:
+        return self.path if isinstance(self.path, Path) else None  # nothing can be kept beside a remote file
 
     def _check_path(self) -> None:
         """Raise CheckpointNotFoundError or CheckpointError if ``path`` cannot be one of a checkpoint."""
         CheckpointFile.stat(self.path)
 
-    def _file(self, path: Path) -> CheckpointFile:
+    def _file(self, path: AnyPath) -> CheckpointFile:
         """The file at ``path``, fit to be read as far as ``verify`` can tell. Raises CheckpointError."""
         file = CheckpointFile.stat(path)
         if self.verify == "sha256":

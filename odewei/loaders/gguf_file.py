@@ -3,74 +3,34 @@
 The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, counts of tensors and of
 metadata; the metadata; for each tensor name, sizes (the fastest first), type and offset; padding; the data. The header
 is read here, with every length checked against the file; the package ``gguf`` (extra ``gguf``) knows the quantisations
-and is asked for 256 KiB at a time. Names in such files are those of llama.cpp: ``rename`` leads to a model's.
+and is asked for 256 KiB at a time. Names in such files are those of llama.cpp: ``rename`` leads to a model's. Rows that
+llama.cpp keeps in another order (``gguf_rows``) are put back as they are read.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import BinaryIO, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from odewei.errors import CheckpointError, CorruptCheckpointError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
 from odewei.loaders.file_loader import FileLoader, open_header, read_span
+from odewei.loaders.gguf_rows import UNTURNED, head_count
+from odewei.loaders.gguf_rows import places as row_places
+from odewei.loaders.gguf_stored import OTHERS, PLAIN, QUANTISED, Stored, dequantiser
+from odewei.loaders.names import Rename
+from odewei.loaders.remote_path import RemoteOptions
+from odewei.loaders.sums import Verify
 
 __all__ = ["PLAIN", "QUANTISED", "GgufLoader"]
-
-PLAIN: dict[int, torch.dtype] = {
-    0: torch.float32,
-    1: torch.float16,
-    24: torch.int8,
-    25: torch.int16,
-    26: torch.int32,
-    27: torch.int64,
-    28: torch.float64,
-    30: torch.bfloat16,
-}
-"""Types whose elements are stored as torch has them, by their numbers in ggml."""
-
-QUANTISED: dict[int, tuple[str, int, int]] = {
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-}
-"""Types that are dequantised: name, elements in a block, bytes of a block."""
-
-_OTHERS = {
-    9: "Q8_1",
-    15: "Q8_K",
-    16: "IQ2_XXS",
-    17: "IQ2_XS",
-    18: "IQ3_XXS",
-    19: "IQ1_S",
-    20: "IQ4_NL",
-    21: "IQ3_S",
-    22: "IQ2_S",
-    23: "IQ4_XS",
-    29: "IQ1_M",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    39: "MXFP4",
-    40: "NVFP4",
-    41: "Q1_0",
-}
-_TURNED = frozenset({"llama"})
-"""Architectures whose query and key rows the conversion to GGUF puts into another order."""
 
 _log = logging.getLogger("odewei")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -80,7 +40,7 @@ _MAX_NAME_NBYTES = 1 << 16
 _MAX_DIMENSIONS = 8
 _MAX_NESTING = 4
 _MAX_COUNT = 2**63 - 1
-_PIECE_NBYTES = 1 << 18
+_MAX_LAYERS = 1 << 16
 _CURE = "Download the file again; if it is whole, it was written wrongly"
 
 
@@ -94,23 +54,43 @@ class _Tensor:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Quantised:
-    """A quantised weight's blocks, and the number of their type."""
-
-    raw: Span
-    kind: int
-
-
 class GgufLoader(FileLoader):
     """The tensors of one GGUF file (versions 2 and 3, little-endian). Quantised ones are float32 weights without spans.
+
+    Query and key rows of Llama and its like are handed out in the order of transformers, unless ``turn_rows`` is False:
+    then as the file has them, for a model that pairs neighbours.
 
     Raises CheckpointError for a quantisation that is not read, for one file of several, and where the package ``gguf``
     is needed and not installed.
     """
 
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        turn_rows: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        rename: Rename | None = None,
+        prefix: str = "",
+        storage_options: Mapping[str, object] | None = None,
+        remote: RemoteOptions | None = None,
+        verify: Verify = "size",
+    ) -> None:
+        super().__init__(
+            path,
+            device=device,
+            dtype=dtype,
+            rename=rename,
+            prefix=prefix,
+            storage_options=storage_options,
+            remote=remote,
+            verify=verify,
+        )
+        self.turn_rows = turn_rows
+
     def _read_headers(self) -> dict[str, WeightInfo]:
-        self._quantised: dict[str, _Quantised] = {}
+        self._stored: dict[str, Stored] = {}
         file = self._file(self.path)
         with open_header(file) as stream:
             try:
@@ -118,17 +98,16 @@ class GgufLoader(FileLoader):
                 data_start, tensors = header.read()
             except (struct.error, UnicodeDecodeError, EOFError) as error:
                 _refuse(file, "the file is truncated, or no text, within its header", cause=error)
-        found = {tensor.name: self._weight(tensor, data_start, file) for tensor in tensors}
+        found = {tensor.name: self._weight(tensor, data_start, header, file) for tensor in tensors}
         if len(found) != len(tensors):
             _refuse(file, "two tensors have the same name")
         self._check_disjoint(found.values(), file)
-        if self._quantised:
-            _dequantiser(str(self.path))
-        if header.architecture in _TURNED:
+        if any(stored.kind in QUANTISED for stored in self._stored.values()):
+            dequantiser(str(self.path))
+        if header.architecture in UNTURNED and self.turn_rows:
             _log.warning(
-                "%s is of the architecture %r, of which llama.cpp keeps the rows of attn_q and attn_k in another order "
-                "than transformers does; they are read as the file has them, and give wrong results in a model of "
-                "transformers",
+                "%s is of the architecture %r, of which llama.cpp keeps the rows of attn_q and attn_k in an order of "
+                "its own; they are read as the file has them, and may give wrong results in a model of transformers",
                 self.path,
                 header.architecture,
             )
@@ -137,7 +116,7 @@ class GgufLoader(FileLoader):
     def _check_disjoint(self, infos: Iterable[WeightInfo], file: CheckpointFile) -> None:
         """Refuse tensors that share bytes, which would let a small file have weights of any size."""
         end, before = 0, ""
-        spans = [(info.span or self._quantised[info.name].raw, info.name) for info in infos]
+        spans = [(info.span or self._stored[info.name].raw, info.name) for info in infos]
         for span, name in sorted(spans, key=lambda one: (one[0].offset, one[0].nbytes)):
             if span.nbytes and span.offset < end:
                 _refuse(file, f"the tensor overlaps {before!r}", weight=name)
@@ -150,16 +129,23 @@ class GgufLoader(FileLoader):
         if buffer.nbytes != info.nbytes:
             raise ValueError(f"{info.name} has {info.nbytes} bytes, the buffer {buffer.nbytes}")
         self.weights()
-        quantised = self._quantised[info.name]
-        target, done = np.frombuffer(buffer, np.float32), 0
-        for elements in _dequantised(quantised, info.name):
-            target[done : done + elements.size] = elements
-            done += elements.size
+        stored = self._stored[info.name]
+        target, done = np.frombuffer(buffer, np.uint8), 0
+        if stored.heads is None:
+            for piece in stored.pieces(info.name):
+                target[done : done + piece.size] = piece
+                done += piece.size
+            return
+        places, rows = row_places(stored.shape[0], stored.heads), target.reshape(stored.shape[0], -1)
+        for piece in stored.pieces(info.name):
+            some = piece.reshape(-1, rows.shape[1])
+            rows[places[done : done + len(some)]] = some
+            done += len(some)
 
-    def _weight(self, tensor: _Tensor, data_start: int, file: CheckpointFile) -> WeightInfo:
+    def _weight(self, tensor: _Tensor, data_start: int, header: _Header, file: CheckpointFile) -> WeightInfo:
         quantisation = QUANTISED.get(tensor.kind)
         if quantisation is None and tensor.kind not in PLAIN:
-            name = _OTHERS.get(tensor.kind, f"number {tensor.kind}")
+            name = OTHERS.get(tensor.kind, f"number {tensor.kind}")
             raise CheckpointError(
                 f"the tensor has the type {name}; odewei does not dequantise it",
                 weight=tensor.name,
@@ -179,10 +165,28 @@ class GgufLoader(FileLoader):
         if span.offset + nbytes > file.size and self.verify != "none":
             end = span.offset + nbytes
             _refuse(file, f"the tensor ends at {end}, the file at {file.size}: it is truncated", weight=tensor.name)
-        if quantisation is None:
+        heads = self._heads(tensor, header, file)
+        if quantisation is None and heads is None:
             return WeightInfo(tensor.name, dtype, tensor.shape, span)
-        self._quantised[tensor.name] = _Quantised(span, tensor.kind)
+        self._stored[tensor.name] = Stored(span, tensor.kind, tensor.shape, heads)
         return WeightInfo(tensor.name, dtype, tensor.shape, None)
+
+    def _heads(self, tensor: _Tensor, header: _Header, file: CheckpointFile) -> int | None:
+        """The heads that the tensor's rows are of, if these have to be put back."""
+        if not self.turn_rows or 0 in tensor.shape:
+            return None
+        try:
+            heads = head_count(tensor.name, header.architecture, header.head_counts)
+            if heads is not None:
+                row_places(tensor.shape[0] if tensor.shape else 1, heads)
+            return heads
+        except ValueError as error:
+            raise CorruptCheckpointError(
+                f"the order of the tensor's rows cannot be told: {error}",
+                weight=tensor.name,
+                file=str(file.path),
+                cure="Give turn_rows=False to have them as the file has them, or download the file again",
+            ) from error
 
 
 class _Header:
@@ -195,6 +199,7 @@ class _Header:
         self._alignment = 32
         self._keys: set[str] = set()
         self.architecture = ""  # as the metadata says
+        self.head_counts: dict[str, tuple[int, ...]] = {}  # one number, or one a layer
 
     def read(self) -> tuple[int, list[_Tensor]]:
         """Where the data start, and the tensors. Raises CheckpointError; struct.error and EOFError at the end."""
@@ -222,7 +227,12 @@ class _Header:
         if key == "general.architecture" and kind == _STRING:
             self.architecture = self._text()
             return
+        if ".attention.head_count" in key and kind == _ARRAY:
+            self.head_counts[key] = self._numbers()
+            return
         value = self._value(kind, 0)
+        if ".attention.head_count" in key and isinstance(value, int):
+            self.head_counts[key] = (value,)
         if key == "general.alignment":
             if not isinstance(value, int) or value < 1 or value > 1 << 20 or value & (value - 1):
                 _refuse(self._file, f"the alignment is {value!r}")
@@ -250,6 +260,13 @@ class _Header:
             for _ in range(count):
                 self._value(inner, depth + 1)
         return None
+
+    def _numbers(self) -> tuple[int, ...]:
+        """An array of numbers."""
+        inner, count = self._number("I"), self._number("Q")
+        if inner not in _SCALARS or count > _MAX_LAYERS:
+            _refuse(self._file, f"the metadata have {count} values of the kind {inner} for heads of attention")
+        return tuple(self._number(_SCALARS[inner]) for _ in range(count))
 
     def _tensor(self) -> _Tensor:
         name = self._text()
@@ -279,34 +296,6 @@ class _Header:
         if nbytes > self._end - self._stream.tell():
             raise EOFError
         self._stream.seek(nbytes, 1)
-
-
-def _dequantised(quantised: _Quantised, weight: str) -> Iterator[npt.NDArray[np.float32]]:
-    """The elements of a weight, in turn."""
-    name, _, block_nbytes = QUANTISED[quantised.kind]
-    dequantise = _dequantiser(str(quantised.raw.file.path))
-    raw = quantised.raw
-    step = _PIECE_NBYTES // block_nbytes * block_nbytes
-    for start in range(0, raw.nbytes, step):
-        nbytes = min(step, raw.nbytes - start)
-        piece = bytearray(nbytes)
-        span = replace(raw, offset=raw.offset + start, nbytes=nbytes)
-        read_span(WeightInfo(weight, torch.uint8, (nbytes,), span), memoryview(piece))
-        with np.errstate(all="ignore"):  # what a scale that is no number gives is no number, as it is there
-            yield dequantise(np.frombuffer(piece, np.uint8).reshape(-1, block_nbytes), name).reshape(-1)
-
-
-def _dequantiser(file: str) -> Callable[[npt.NDArray[np.uint8], str], npt.NDArray[np.float32]]:
-    """The function of the package ``gguf``, by the name of the type. Raises CheckpointError where it is not there."""
-    try:
-        from gguf import GGMLQuantizationType, dequantize
-    except ImportError as error:
-        raise CheckpointError(
-            "the file has quantised tensors, and the package gguf is not installed",
-            file=file,
-            cure="Install it: pip install 'odewei[gguf]'",
-        ) from error
-    return lambda blocks, name: dequantize(blocks, GGMLQuantizationType[name])
 
 
 def _refuse(

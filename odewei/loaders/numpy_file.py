@@ -90,12 +90,12 @@ class NumpyLoader(FileLoader):
     """
 
     def _check_path(self) -> None:
-        if not self.path.is_dir():
+        if not (isinstance(self.path, Path) and self.path.is_dir()):
             super()._check_path()
 
     def _read_headers(self) -> dict[str, WeightInfo]:
         self._packed: dict[str, _Packed] = {}
-        if self.path.is_dir():
+        if isinstance(self.path, Path) and self.path.is_dir():
             return {path.name[:-4]: self._one(path.name[:-4], self._file(path)) for path in arrays_in(self.path)}
         file = self._file(self.path)
         with open_header(file) as stream:

@@ -15,13 +15,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from odewei.errors import CheckpointError, CorruptCheckpointError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
 from odewei.loaders.file_loader import FileLoader, open_header
 from odewei.loaders.json_pairs import JsonText
+from odewei.loaders.remote_path import as_place
 from odewei.loaders.tensors import named_dtype
 
 __all__ = ["SafetensorsLoader", "read_header"]
@@ -54,7 +54,7 @@ def read_header(file: str | os.PathLike[str] | CheckpointFile, *, is_whole: bool
     whatever contradicts the format, CheckpointError for a dtype that cannot be read here.
     """
     if not isinstance(file, CheckpointFile):
-        file = CheckpointFile.stat(Path(file))
+        file = CheckpointFile.stat(as_place(file))
     with open_header(file) as stream:
         header = _header_bytes(stream, file)
     infos = list(_parse(header, _LENGTH_NBYTES + len(header), file))

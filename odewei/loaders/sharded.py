@@ -7,6 +7,7 @@ the weights are first asked for.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,11 +19,12 @@ from odewei.loaders.file_loader import FileLoader
 from odewei.loaders.gguf_file import GgufLoader
 from odewei.loaders.names import Rename
 from odewei.loaders.numpy_file import NumpyLoader
+from odewei.loaders.remote_path import AnyPath, RemoteOptions, RemotePath, as_place
 from odewei.loaders.safetensors_file import SafetensorsLoader
 from odewei.loaders.sums import Verify, check_sum, find_sum
 from odewei.loaders.torch_file import TorchLoader
 
-__all__ = ["NUMPY_SUFFIXES", "TORCH_SUFFIXES", "ShardedWeightsLoader", "open_weights_file"]
+__all__ = ["NUMPY_SUFFIXES", "TORCH_SUFFIXES", "ShardedWeightsLoader", "is_weights_file", "open_weights_file"]
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 NUMPY_SUFFIXES = (".npz", ".npy")
@@ -34,8 +36,13 @@ _KINDS: dict[str, type[FileLoader]] = {
 }
 
 
+def is_weights_file(path: AnyPath) -> bool:
+    """Whether ``open_weights_file`` reads a file of that name."""
+    return path.suffix.lower() in _KINDS
+
+
 def open_weights_file(
-    path: Path,
+    path: AnyPath,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -79,12 +86,26 @@ class ShardedWeightsLoader(FileLoader):
         *,
         rename: Rename | None = None,
         prefix: str = "",
+        storage_options: Mapping[str, object] | None = None,
+        remote: RemoteOptions | None = None,
         verify: Verify = "size",
     ) -> None:
-        super().__init__(index_file_path, device=device, dtype=dtype, rename=rename, prefix=prefix, verify=verify)
-        if self.verify == "sha256" and find_sum(self.path) is not None:
+        super().__init__(
+            index_file_path,
+            device=device,
+            dtype=dtype,
+            rename=rename,
+            prefix=prefix,
+            storage_options=storage_options,
+            remote=remote,
+            verify=verify,
+        )
+        if self.verify == "sha256" and isinstance(self.path, Path) and find_sum(self.path) is not None:
             check_sum(CheckpointFile.stat(self.path))
-        self._index = read_index(index_file_path, weights_dir, weights_mapping_key)
+        folder = as_place(weights_dir, storage_options, remote)
+        if isinstance(folder, RemotePath) and isinstance(self.path, RemotePath):
+            folder = RemotePath(folder.url, self.path.remote)  # one cache, one look at each file
+        self._index = read_index(self.path, folder, weights_mapping_key)
         self._index.check_shards()
         self._loaders = {shard: open_weights_file(shard, verify=self.verify) for shard in self._index.by_shard()}
 

@@ -138,7 +138,8 @@ def check_sum(file: CheckpointFile) -> None:
 
     A file is read once in a process for this, as long as size, time and inode stay the same. Any thread.
     """
-    known = find_sum(file.path)
+    path = _local(file)
+    known = find_sum(path)
     if known is None:
         raise CheckpointError(
             "verify='sha256', and no sum is kept for a file",
@@ -147,7 +148,7 @@ def check_sum(file: CheckpointFile) -> None:
         )
     found = _hashed.of(file)
     if found != known.sha256:
-        raise wrong_sum(file.path, known, found)
+        raise wrong_sum(path, known, found)
 
 
 def wrong_sum(path: Path, known: KnownSum, found: str) -> CorruptCheckpointError:
@@ -172,7 +173,7 @@ class _Hashed:
         try:
             device = os.stat(file.path).st_dev
         except OSError as error:
-            raise _unreadable(file.path, error) from error
+            raise _unreadable(_local(file), error) from error
         with self._lock:
             lock, found = self._files.setdefault((device, file.inode, file.size, file.mtime_ns), (threading.Lock(), []))
         with lock:
@@ -182,6 +183,11 @@ class _Hashed:
 
 
 _hashed = _Hashed()
+
+
+def _local(file: CheckpointFile) -> Path:
+    assert isinstance(file.path, Path), "loaders refuse verify='sha256' for remote files"
+    return file.path
 
 
 def _of_metadata(path: Path) -> str | None:

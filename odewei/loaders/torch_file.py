@@ -25,6 +25,7 @@ from odewei.loaders.base import CheckpointFile, Span, WeightInfo
 from odewei.loaders.file_loader import FileLoader, open_again, open_header, read_span
 from odewei.loaders.names import Rename
 from odewei.loaders.pickle_scan import scan_pickle
+from odewei.loaders.remote_path import RemoteOptions, RemotePath
 from odewei.loaders.sums import Verify
 from odewei.loaders.tensors import check_plain, contiguous_stride
 from odewei.loaders.zip_members import data_offset
@@ -50,9 +51,20 @@ class TorchLoader(FileLoader):
         dtype: torch.dtype | None = None,
         rename: Rename | None = None,
         prefix: str = "",
+        storage_options: Mapping[str, object] | None = None,
+        remote: RemoteOptions | None = None,
         verify: Verify = "size",
     ) -> None:
-        super().__init__(path, device=device, dtype=dtype, rename=rename, prefix=prefix, verify=verify)
+        super().__init__(
+            path,
+            device=device,
+            dtype=dtype,
+            rename=rename,
+            prefix=prefix,
+            storage_options=storage_options,
+            remote=remote,
+            verify=verify,
+        )
         self.key = key
         self._mapped: dict[str, torch.Tensor] = {}
         self._source: CheckpointFile | None = None
@@ -65,6 +77,8 @@ class TorchLoader(FileLoader):
             tensors = self._pick(_load(stream, file), file)
             if all(_offset(tensor) is not None for tensor in tensors.values()):
                 return {name: _located(name, tensor, entries, file) for name, tensor in tensors.items()}
+        if isinstance(self.path, RemotePath):
+            _refuse(file, "the installed torch does not say where in the file the tensors are", "Download the file")
         self._mapped = self._map(file)
         return {name: _info(name, tensor, None) for name, tensor in self._mapped.items()}
 
@@ -182,6 +196,8 @@ def _load(source: BinaryIO | os.PathLike[str], file: CheckpointFile) -> object:
             place = "cpu" if mapped else "meta"
             loaded: object = torch.load(source, map_location=place, weights_only=True, mmap=mapped or None)
             return loaded
+    except CheckpointError:
+        raise  # the source is a remote file, and could not be read
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         raise UnsafeCheckpointError(

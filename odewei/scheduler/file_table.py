@@ -23,6 +23,7 @@ import numpy as np
 
 from odewei.errors import WeightReadError
 from odewei.loaders.base import CheckpointFile
+from odewei.loaders.remote_file import RemoteFile
 from odewei.scheduler.forks import watch
 from odewei.scheduler.slabs import Bytes
 
@@ -100,7 +101,8 @@ class FileTable:
         self._lock = threading.Lock()
 
     def is_open(self, file: CheckpointFile) -> bool:
-        return file in self._open
+        """Whether it can be read as it is: a remote file is never open."""
+        return file in self._open or isinstance(file, RemoteFile)
 
     def keep(self, file: CheckpointFile, stream: io.FileIO) -> None:
         """Take over an open file, closing ``stream``; if another thread was first, theirs is kept."""
@@ -140,6 +142,9 @@ class FileTable:
 
     def read(self, file: CheckpointFile, buffers: Sequence[Bytes], offset: int, needed: int) -> None:
         """Fill the buffers in turn from ``offset`` on, with at least ``needed`` bytes. Raises WeightReadError."""
+        if isinstance(file, RemoteFile):
+            file.read([buffer.data for buffer in buffers], offset, needed)
+            return
 
         def fill(opened: OpenFile) -> None:
             found = self._read_fully(opened, file, [buffer.data for buffer in buffers], offset, needed)

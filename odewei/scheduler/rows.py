@@ -24,6 +24,7 @@ import torch
 
 from odewei.errors import ClosedError, OdeweiError
 from odewei.loaders.base import Span
+from odewei.loaders.remote_file import RemoteFile
 from odewei.scheduler.file_table import FileTable, OpenFile
 from odewei.scheduler.observer import Observer
 from odewei.scheduler.row_slots import Ids, RowSlots
@@ -216,6 +217,10 @@ class RowTable:
             (position * size, start + first * size, count * size)
             for position, first, count in runs_of(rows, max(1, _LONGEST_READ // size))
         ]
+        if isinstance(file, RemoteFile):
+            for at, offset, nbytes in reads:
+                files.read(file, [target[at : at + nbytes]], offset, nbytes)
+            return made if place.stored == place.dtype else made.to(place.dtype)
 
         def fill(opened: OpenFile) -> None:
             for at, offset, nbytes in _announced(opened.fd, reads):

@@ -52,3 +52,17 @@ def test_values_that_mean_nothing(checkpoint: Path, arguments: tuple[str, ...]) 
     result = invoke("plan", checkpoint, *arguments)
     assert result.exit_code == 2
     assert arguments[0] in result.stderr
+
+
+def test_the_network_is_not_measured(checkpoint: Path) -> None:
+    """The plan of a remote checkpoint asks for its bandwidth, and is made with it."""
+    pytest.importorskip("aiohttp", reason="the extra remote is not installed")
+    from tests.servers import serving
+
+    with serving(checkpoint) as site:
+        result = invoke("plan", site.url, "--memory-budget", "2MiB")
+        assert result.exit_code == 2
+        assert "give --bandwidth" in " ".join(result.stderr.split())
+        assert document(invoke("plan", site.url, "--memory-budget", "2MiB", "--bandwidth", "1MB", "--json"))[
+            "disk_bound"
+        ]

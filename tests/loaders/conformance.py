@@ -13,6 +13,7 @@ import torch
 
 from odewei.errors import OptionsError
 from odewei.loaders import Span, WeightInfo, WeightsLoader, is_castable, read_tensor
+from odewei.loaders.remote_file import RemoteFile
 from odewei.loaders.tensors import DTYPES, contiguous_stride
 
 SHAPES = [(), (1,), (7,), (0,), (3, 0, 2), (3, 5), (2, 1, 4, 3), (1, 1)]
@@ -57,9 +58,20 @@ def read_bytes(loader: WeightsLoader, info: WeightInfo) -> bytes:
 
 def span_bytes(span: Span) -> bytes:
     """What is at a span now, read without the loader."""
+    if isinstance(span.file, RemoteFile):
+        return fsspec_bytes(span.file)[span.offset : span.offset + span.nbytes]
     with open(span.file.path, "rb") as stream:
         stream.seek(span.offset)
         return stream.read(span.nbytes)
+
+
+def fsspec_bytes(file: RemoteFile) -> bytes:
+    """All of a remote file, read without odewei."""
+    import fsspec
+
+    filesystem = fsspec.filesystem(file.path.protocol, **file.path.remote.storage_options)
+    content: bytes = filesystem.cat_file(file.path.url)
+    return content
 
 
 COMPLEX = {"C32": torch.complex32, "C128": torch.complex128}

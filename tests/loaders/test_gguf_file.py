@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from odewei.errors import CheckpointError, CorruptCheckpointError
-from odewei.loaders import GgufLoader, WeightInfo, gguf_file, open_checkpoint
+from odewei.loaders import GgufLoader, WeightInfo, gguf_stored, open_checkpoint
 from odewei.loaders.gguf_file import PLAIN, QUANTISED
 
 from .conformance import LoaderConformance, assert_same, bits, random_tensor, read_bytes
@@ -71,7 +71,7 @@ def test_quantised_tensors_are_dequantised_as_by_the_package(
     with np.errstate(all="ignore"):
         expected = gguf.dequantize(blocks.reshape(6, -1), gguf.GGMLQuantizationType[name])
     for piece in (nbytes, 4 * nbytes + 1, 1 << 18):
-        monkeypatch.setattr(gguf_file, "_PIECE_NBYTES", piece)
+        monkeypatch.setattr(gguf_stored, "_PIECE_NBYTES", piece)
         loader = open_checkpoint(path)
         assert loader.weights()["w"].span is None
         assert_same(loader("module", ["w"])["w"], torch.from_numpy(expected))
@@ -207,16 +207,125 @@ def test_mutilated_files_are_refused_or_read_within_the_file(tmp_path: Path, edi
         assert 0 < info.span.offset <= info.span.offset + info.span.nbytes <= len(content)
 
 
-@pytest.mark.parametrize(("architecture", "warns"), [("llama", True), ("qwen2", False)])
-def test_rows_in_another_order_are_warned_of(
+def heads(architecture: str, **counts: object) -> tuple[bytes, ...]:
+    """Metadata: the architecture, and numbers of heads, one or one a layer."""
+    found = [text("general.architecture") + struct.pack("<I", 8) + text(architecture)]
+    for key, count in counts.items():
+        name = text(f"{architecture}.attention.{key}")
+        if isinstance(count, tuple):
+            found.append(name + struct.pack(f"<IIQ{len(count)}I", 9, 4, len(count), *count))
+        else:
+            found.append(name + struct.pack("<II", 4, count))
+    return tuple(found)
+
+
+def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """What the conversion of llama.cpp does to queries and keys."""
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def entry(name: str, tensor: torch.Tensor) -> Entry:
+    kinds = {dtype: kind for kind, dtype in PLAIN.items()}
+    return name, tuple(tensor.shape), kinds[tensor.dtype], bits(tensor)
+
+
+@pytest.mark.parametrize("piece", [1, 100, 1 << 18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "granite", "qwen2", "llama4"])
+def test_rows_are_put_back_where_the_conversion_has_turned_them(
+    architecture: str, dtype: torch.dtype, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, keys and their biases, by their heads; nothing else, no other architecture, and not if unwanted."""
+    monkeypatch.setattr(gguf_stored, "_PIECE_NBYTES", piece)
+    names = [f"blk.{n}.attn_{what}" for n in (0, 11) for what in ("q.weight", "k.weight", "v.weight", "q.bias")]
+    names += ["attn_q.weight", "blk.0.attn_q_norm.weight", "v.blk.0.attn_q.weight"]
+    tensors = {
+        name: random_tensor(dtype, (24,) if name.endswith("bias") else (24, 5), seed) for seed, name in enumerate(names)
+    }
+    turned = {name: tensor for name, tensor in tensors.items() if name.startswith("blk") and name[-8:-7] != "v"}
+    turned = (
+        {name: turned[name] for name in turned if "norm" not in name} if architecture in ("llama", "granite") else {}
+    )
+    in_file = {
+        name: interleaved(tensor, 2 if "attn_k" in name else 6) if name in turned else tensor
+        for name, tensor in tensors.items()
+    }
+    path = tmp_path / "model.gguf"
+    path.write_bytes(
+        gguf_bytes([entry(*item) for item in in_file.items()], heads(architecture, head_count=6, head_count_kv=2))
+    )
+    loader = open_checkpoint(path)
+    for name, found in loader("module", names).items():
+        assert_same(found, tensors[name])
+        assert (loader.weights()[name].span is None) == (name in turned)
+    for name, found in GgufLoader(path, turn_rows=False)("module", names).items():
+        assert_same(found, in_file[name])
+
+
+def test_heads_may_differ_between_layers(tmp_path: Path) -> None:
+    """An array has a number for each layer; keys have as many heads as queries where nothing else is said."""
+    tensors = {
+        f"blk.{n}.attn_{what}.weight": random_tensor(torch.float32, (24, 2), n) for n in range(3) for what in "qk"
+    }
+    counts = (6, 2, 3)
+    entries = [entry(name, interleaved(tensor, counts[int(name[4])])) for name, tensor in tensors.items()]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes(entries, heads("granitehybrid", head_count=counts)))
+    for name, found in GgufLoader(path)("module", list(tensors)).items():
+        assert_same(found, tensors[name])
+
+
+@pytest.mark.parametrize("piece", [1, 1 << 18])
+def test_quantised_rows_are_put_back_too(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row with its blocks."""
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setattr(gguf_stored, "_PIECE_NBYTES", piece)
+    blocks = np.random.default_rng(0).integers(0, 120, (12, 2 * 34), np.uint8)
+    expected = torch.from_numpy(gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0))
+    in_file = interleaved(torch.from_numpy(blocks), 3).numpy().tobytes()
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes([("blk.0.attn_k.weight", (12, 64), 8, in_file)], heads("llama", head_count=3)))
+    assert_same(GgufLoader(path)("module", ["blk.0.attn_k.weight"])["blk.0.attn_k.weight"], expected)
+
+
+UNTOLD = {
+    "no heads": heads("llama"),
+    "no heads at all": heads("llama", head_count=0),
+    "too many heads": heads("llama", head_count=5),
+    "odd heads": heads("llama", head_count=8),
+    "too few layers": heads("llama", head_count=(2, 2)),
+}
+
+
+@pytest.mark.parametrize("case", UNTOLD)
+def test_rows_that_cannot_be_put_back_are_refused(case: str, tmp_path: Path) -> None:
+    """Rather than handed out in an order that nobody knows; the error says how to have them all the same."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes([entry("blk.7.attn_q.weight", torch.ones(24, 2))], UNTOLD[case]))
+    with pytest.raises(CorruptCheckpointError, match=r"order of the tensor's rows.*blk\.7.*turn_rows=False"):
+        GgufLoader(path).weights()
+    assert GgufLoader(path, turn_rows=False).weights().keys() == {"blk.7.attn_q.weight"}
+
+
+@pytest.mark.parametrize(("architecture", "warns"), [("internlm2", True), ("llama", False), ("qwen2", False)])
+def test_rows_in_an_order_of_their_own_are_warned_of(
     architecture: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the conversion to GGUF has turned rows, results would be wrong in silence."""
-    metadata = (text("general.architecture") + struct.pack("<I", 8) + text(architecture),)
+    """Where the conversion to GGUF has turned rows another way, results would be wrong in silence."""
     path = tmp_path / "model.gguf"
-    path.write_bytes(gguf_bytes([("blk.0.attn_q.weight", (2, 2), 0, bytes(16))], metadata))
+    path.write_bytes(gguf_bytes([entry("blk.0.attn_q.weight", torch.ones(4, 2))], heads(architecture, head_count=2)))
     GgufLoader(path).weights()
     assert ("attn_q and attn_k" in caplog.text) == warns
+
+
+def test_metadata_about_heads_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    """A million layers, and texts for numbers."""
+    key = text("llama.attention.head_count")
+    for values in (struct.pack("<IIQ", 9, 4, 1_000_000), struct.pack("<IIQ", 9, 8, 1) + text("x")):
+        (tmp_path / "m.gguf").write_bytes(gguf_bytes(ONE, (key + values,)))
+        with pytest.raises(CorruptCheckpointError, match="heads of attention"):
+            GgufLoader(tmp_path / "m.gguf").weights()
 
 
 def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
