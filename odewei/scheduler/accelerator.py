@@ -13,6 +13,7 @@ Only torch's generic API is used: ``torch.cuda.Stream`` and ``torch.Stream`` are
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -24,13 +25,16 @@ __all__ = ["Accelerator", "Copy", "PlainAccelerator", "accelerator_for", "pin_wi
 
 
 class Copy:
-    """One unit's way to the device. ``landed``: it is known to be over. Times are of the device's clock."""
+    """One unit's way to the device. ``landed``: it is known to be over. Times are of the device's clock, but for
+    ``submitted``, which is of ``time.perf_counter``.
+    """
 
-    __slots__ = ("done", "landed", "nbytes", "source", "started")
+    __slots__ = ("done", "landed", "nbytes", "source", "started", "submitted")
 
     def __init__(self, nbytes: int, source: torch.Tensor) -> None:
         self.nbytes = nbytes
         self.source: torch.Tensor | None = source  # its memory stays until the copy has landed
+        self.submitted = time.perf_counter()
         self.started: torch.Event | None = None
         self.done: torch.Event | None = None
         self.landed = False

@@ -188,6 +188,12 @@ class _OnDevice(Driver):
         record.account.client.bind(record.place)
         slab.shown = True
 
+    def _note_copied(self, record: UnitRecord, copy: Copy) -> None:
+        """A copy is over: count its time, and tell who watches."""
+        self.time.landed(record.account, copy)
+        if self.ledger.observer is not None and (span := self.time.on_host(copy)) is not None:
+            self.ledger.observer.copied(record.id, *span, copy.nbytes)
+
     def _copy(self, record: UnitRecord, slab: Slab) -> Copy | None:
         """Begin the copy of a unit whose host unit is leased, and publish it. None: it failed, which is told."""
         if record.account.closed is not None:
@@ -253,7 +259,7 @@ class SynchronousCopyingDriver(_OnDevice, SynchronousDriver):
                 if copy is not None:
                     self.accelerator.wait(copy)
                     copy.landed = True
-                    self.time.landed(record.account, copy)
+                    self._note_copied(record, copy)
         finally:
             self.host.let_go(waiter)
 
@@ -345,7 +351,7 @@ class CopyingDriver(_OnDevice, PrefetchingDriver):
             self._flying.popleft()
             copy.landed = True
             copy.source = None
-            self.time.landed(record.account, copy)
+            self._note_copied(record, copy)
             if not slab.shown and record.slab is slab:
                 self._bind(record, slab)
             self.host.let_go(waiter)

@@ -35,6 +35,8 @@ class DeviceTime:
         self._spans: deque[_Span] = deque()
         self._local = threading.local()
         self._lock = threading.Lock()
+        self._first: torch.Event | None = None
+        self._offset = float("-inf")  # what the host's clock showed at the first event, at least
 
     def begin(self) -> None:
         """This thread enters a pass, from outside of every model."""
@@ -57,6 +59,19 @@ class DeviceTime:
         """A copy is over."""
         account.counters.copies += 1
         account.counters.copy_seconds += copy.seconds()
+
+    def on_host(self, copy: Copy) -> tuple[float, float] | None:
+        """When a copy that has landed began and ended, by ``time.perf_counter``; None where the device has no clock.
+
+        No copy begins before it is submitted; one that finds its stream idle begins then: so the clocks are compared
+        without waiting. One thread calls.
+        """
+        if copy.started is None or copy.done is None or not copy.done.query():
+            return None
+        self._first = self._first or copy.started
+        began = self._first.elapsed_time(copy.started) / 1e3
+        self._offset = max(self._offset, copy.submitted - began)
+        return self._offset + began, self._offset + began + copy.seconds()
 
     def collect(self) -> None:
         """Add up what has happened by now."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 import odewei
+from odewei.profiling.recorder import Copied
 from odewei.torch import init_on_demand_weights_model
 from tests.sim import accelerated
 from tests.sim.simulator import Schedule, Simulator
@@ -128,3 +131,24 @@ def test_the_report_says_when_the_device_computed_and_waited(simulator: Simulato
     text = str(report)
     assert "host memory" in text
     assert "the device waited" in text
+
+
+def test_a_timeline_shows_when_units_were_copied(simulator: Simulator, deep: Path) -> None:
+    """Copies do not overlap, take what they take on the device, and begin no earlier than they are asked for."""
+    simulator.reset(Schedule("lazy"))
+    accelerated.use(lambda: accelerated.SimMemory(simulator))
+    simulator.clock.costs(operator_us=OPERATOR_US, bytes_per_us=UNIT / 200.0)
+    model = init_on_demand_weights_model(Deep, deep, device="sim", memory_budget=4 * UNIT, host_budget="4MiB")
+    begun = time.perf_counter()
+    with torch.no_grad(), odewei.profile(model) as timeline:
+        for _ in range(3):
+            model(torch.ones(2, WIDTH, device="sim"))
+        torch.accelerator.synchronize()
+        odewei.close(model)
+    copies = [note for note in timeline._recorder.notes if isinstance(note, Copied)]
+    assert len(copies) >= 2 * (LAYERS - 4)
+    for copy, following in itertools.pairwise(copies):
+        assert copy.ended - copy.began == pytest.approx(200e-6)
+        assert copy.nbytes == UNIT
+        assert following.began >= copy.ended - 1e-3  # the clocks are compared anew by each copy
+    assert copies[-1].began >= begun
