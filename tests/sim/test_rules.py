@@ -23,25 +23,29 @@ class Whole(Accelerator):
     """With every rule."""
 
 
-class ComputesBeforeTheCopy(Accelerator):
+class Blind(Accelerator):
+    """The host never asks whether copies are over: what the host knows is ordered, and it is all up to the streams."""
+
+    def has_landed(self, copy: Copy) -> bool:
+        return False
+
+
+class ComputesBeforeTheCopy(Blind):
     """What computes does not wait for the copy."""
 
     def let_use(self, copy: Copy) -> None:
         pass
 
 
-class NewStreamsComputeBeforeTheCopy(Accelerator):
+class NewStreamsComputeBeforeTheCopy(Blind):
     """A stream that comes later does not wait for what the others have waited for."""
 
     def note_stream(self) -> None:
         stream = torch.accelerator.current_stream(self.device)
         self._computing = {**self._computing, stream.stream_id: stream}
 
-    def has_landed(self, copy: Copy) -> bool:
-        return False  # the host never knows, so that it is all up to the streams
 
-
-class ReusesWhatComputes(Accelerator):
+class ReusesWhatComputes(Blind):
     """Memory is used again while it may be computed with."""
 
     def wait_for_computing(self) -> None:
@@ -68,7 +72,7 @@ class CopiesFromPageable(Accelerator):
         target.copy_(source, non_blocking=True)
 
 
-class AllocatesWhereItComputes(Accelerator):
+class AllocatesWhereItComputes(Blind):
     """Memory is allocated on the stream that computes, and filled on the copy stream."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -94,7 +98,7 @@ def _run(sim: Simulator, kind: type[Accelerator], file: Path, monkeypatch: pytes
         file,
         device="sim",
         memory_budget=16 * UNIT if fits else 4 * UNIT,
-        host_budget=16 * UNIT if fits else 3 * UNIT + 8192,
+        host_budget=3 * UNIT + 8192 if kind in (Whole, RefillsUnderTheCopy) else "1MiB",
         prefetch_depth=2,
     )
     x = torch.ones(2, WIDTH).to("sim")

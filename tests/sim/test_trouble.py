@@ -53,15 +53,10 @@ def test_out_of_device_memory_the_budget_shrinks(stack: Case, sim: Simulator, de
 def test_out_of_device_memory_for_good(stack: Case, sim: Simulator, depth: int | str) -> None:
     """When not even one unit gets its memory, the error has both numbers; with memory, the model works again."""
     file, x, expected = stack
+    sim.set_device_memory(torch.accelerator.memory_allocated() + UNIT // 2)
     model = init_on_demand_weights_model(Stack, file, device="sim", memory_budget=2 * POSITIONS, prefetch_depth=depth)
-    odewei_memory = torch.accelerator.memory_allocated()
-    sim.set_device_memory(odewei_memory)
-    if odewei.report(model).resident_bytes == 0:
-        with (
-            torch.no_grad(),
-            pytest.raises(WeightReadError, match=r"no memory for a unit of \d+ bytes.*budget of \d+ b"),
-        ):
-            model(x)
+    with torch.no_grad(), pytest.raises(WeightReadError, match=r"no memory for a unit of \d+ bytes.*budget of \d+ b"):
+        model(x)
     sim.set_device_memory(1 << 30)
     with torch.no_grad():
         for _ in range(2):
@@ -140,6 +135,8 @@ def test_a_device_that_is_lost(stack: Case, sim: Simulator, monkeypatch: pytest.
         assert torch.equal(model(x).cpu(), expected)
         device.failing = True
     odewei.close(model)
+    torch.accelerator.synchronize()
+    sim.report()  # this device is not really lost, and goes on with copies that were given up
 
 
 def test_budgets_that_cannot_work(stack: Case) -> None:
