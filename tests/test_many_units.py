@@ -53,7 +53,9 @@ def traced(build: Callable[[], nn.Module]) -> int:
     try:
         model = build()
         gc.collect()
-        return tracemalloc.get_traced_memory()[0]
+        found = tracemalloc.get_traced_memory()[0]
+        del model  # not before
+        return found
     finally:
         tracemalloc.stop()
 
@@ -71,8 +73,9 @@ def bytes_a_unit(small: str, large: str) -> float:
 
 
 def test_a_unit_takes_two_kilobytes_beyond_the_model_without_weights(checkpoint: Callable[[int], str]) -> None:
-    """Of two modules and two weights, in a fresh process: Python lays modules out by what it has seen of their class."""
-    code = f"from tests.test_many_units import bytes_a_unit; print(bytes_a_unit({checkpoint(10)!r}, {checkpoint(UNITS)!r}))"
+    """Of two modules and two weights. In a fresh process: Python lays objects out by what it has seen of their class."""
+    call = f"bytes_a_unit({checkpoint(10)!r}, {checkpoint(UNITS)!r})"
+    code = f"from tests.test_many_units import bytes_a_unit; print({call})"
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert float(done.stdout) < MOST_BYTES
 
