@@ -34,6 +34,10 @@ class Unit:
     weights: tuple[Weight, ...]
     hangs_on: str | tuple[str, ...]  # one module, or any number: of 100,000 units each has one
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.hangs_on, str) and len(self.hangs_on) == 1:
+            object.__setattr__(self, "hangs_on", self.hangs_on[0])  # so that units that are the same are equal
+
     @property
     def hooked(self) -> tuple[str, ...]:
         """The names of the modules that it hangs on."""
