@@ -73,7 +73,7 @@ def bytes_a_unit(small: str, large: str) -> float:
 
 
 def test_a_unit_takes_two_kilobytes_beyond_the_model_without_weights(checkpoint: Callable[[int], str]) -> None:
-    """Of two modules and two weights. In a fresh process: Python lays objects out by what it has seen of their class."""
+    """Of two modules and two weights. In a fresh process: Python lays objects out by what it saw of their class."""
     call = f"bytes_a_unit({checkpoint(10)!r}, {checkpoint(UNITS)!r})"
     code = f"from tests.test_many_units import bytes_a_unit; print({call})"
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
