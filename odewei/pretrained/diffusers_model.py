@@ -53,7 +53,8 @@ def build_diffusers(
             cure="Use one that is not quantised",
         )
     settings = dict(config if config is not None else _settings(chosen, folder))
-    checkpoint = open_weights(folder, DIFFUSERS_WEIGHTS)
+    streamed = options.copy()
+    checkpoint = open_weights(folder, DIFFUSERS_WEIGHTS, verify=streamed.pop("verify", "size"))
 
     def build() -> nn.Module:
         with _default_dtype(dtype):
@@ -71,7 +72,7 @@ def build_diffusers(
             cure="Install a newer diffusers, or give config=",
         ) from error
     loader = _converted(model, checkpoint, dtype)
-    return init_on_demand_weights_model(lambda: model, loader, **options).eval()
+    return init_on_demand_weights_model(lambda: model, loader, **streamed).eval()
 
 
 def _choose(folder: Path, stored: Mapping[str, object], model_class: type | None) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError
 from odewei.loaders import WeightsLoader, open_checkpoint
+from odewei.loaders.sums import Verify
 
 __all__ = ["DIFFUSERS_WEIGHTS", "TRANSFORMERS_WEIGHTS", "custom_code_refused", "open_weights", "read_json"]
 
@@ -47,7 +48,9 @@ def read_json(path: Path) -> dict[str, object]:
     return found
 
 
-def open_weights(folder: Path, names: Sequence[str], explicit: object = None) -> WeightsLoader:
+def open_weights(
+    folder: Path, names: Sequence[str], explicit: object = None, *, verify: Verify = "size"
+) -> WeightsLoader:
     """The loader of the first of ``names`` that is in the folder, or of the file that the configuration names.
 
     Raises CheckpointNotFoundError, UnsafeCheckpointError for a name outside of the folder.
@@ -62,7 +65,7 @@ def open_weights(folder: Path, names: Sequence[str], explicit: object = None) ->
         names = (explicit,)
     for name in names:
         if (folder / name).is_file():
-            return open_checkpoint(folder / name)
+            return open_checkpoint(folder / name, verify=verify)
     found = sorted(entry.name for entry in folder.iterdir())
     raise CheckpointNotFoundError(
         f"the folder has a configuration but no weights: looked for {', '.join(names)}; there are {_brief(found)}",

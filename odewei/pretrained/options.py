@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 import torch
 
 from odewei.errors import MissingPackageError, OptionsError
+from odewei.loaders.sums import Verify, as_verify
 from odewei.memory_budget import MemoryBudget
 from odewei.options import Granularity, Options
 
@@ -35,6 +36,7 @@ class StreamOptions(TypedDict, total=False):
     num_readers: int
     enable_preloading: bool
     on_missing: str
+    verify: Verify
 
 
 def check_options(options: Mapping[str, object]) -> None:
@@ -51,7 +53,8 @@ def check_options(options: Mapping[str, object]) -> None:
 
     defaults = inspect.signature(init_on_demand_weights_model).parameters
     values: dict[str, Any] = {name: defaults[name].default for name in (*StreamOptions.__annotations__, "dtype")}
-    Options.check(**{**values, **options})
+    as_verify({**values, **options}["verify"])
+    Options.check(**{name: value for name, value in {**values, **options}.items() if name != "verify"})
 
 
 def required(package: str, *, extra: str | None, purpose: str) -> ModuleType:

@@ -45,7 +45,8 @@ def build_transformers(
     """The streamed model of a folder; ``stored`` is what its config.json holds, ``dtype`` None stands for "auto"."""
     chosen, settings = choose(folder, stored, model_class=model_class, config=config, trusts_code=trusts_code)
     quantiser, settings = find_quantiser(settings, folder, torch.device(options.get("device") or "cpu"))
-    checkpoint = open_weights(folder, TRANSFORMERS_WEIGHTS, getattr(settings, "transformers_weights", None))
+    explicit, verify = getattr(settings, "transformers_weights", None), options.get("verify", "size")
+    checkpoint = open_weights(folder, TRANSFORMERS_WEIGHTS, explicit, verify=verify)
     settings.name_or_path = str(folder)
     main = _set_dtype(settings, dtype, checkpoint, quantiser)
     model: Any = build_without_weights(known_to_transformers(lambda: _build(chosen, settings, main, quantiser)))
@@ -61,6 +62,7 @@ def build_transformers(
         quantiser.postprocess_model(model)
     # Every name was looked for above, ties and what may be missing included.
     streamed = options.copy()
+    streamed.pop("verify", None)  # that was the loader's
     streamed["on_missing"] = "init"
     return init_on_demand_weights_model(lambda: model, loader, **streamed)
 

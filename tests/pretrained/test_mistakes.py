@@ -179,3 +179,13 @@ def test_importing_odewei_imports_none_of_them() -> None:
     told = "import sys, odewei; print(sorted({'transformers', 'diffusers', 'huggingface_hub'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_sums_are_checked_where_they_are_asked_for(tmp_path: Path) -> None:
+    """``verify`` is the loader's of the folder's weights: a sum that is not theirs is refused, unless nobody asks."""
+    folder = configured(tmp_path)
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(folder))
+    model.save_pretrained(folder)
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
+    refused(CheckpointError, "sha256|SHA-256", folder, verify="sha256")
+    odewei.close(odewei.from_pretrained(folder, model_class=type(model)))
