@@ -12,7 +12,7 @@ from odewei.errors import BudgetTooSmallError
 from odewei.memory_budget import MemoryBudget
 from odewei.scheduler.accelerator import Accelerator
 from odewei.scheduler.budget import format_nbytes
-from odewei.scheduler.device_copy import DeviceUnit, HostUnit, Shelf
+from odewei.scheduler.device_units import DeviceUnit, HostUnit, Shelf
 from odewei.scheduler.drivers import Driver
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.reader import FileTable, UnitReader

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -82,7 +83,7 @@ class Accelerator:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Bytes on the device, for the copy stream to write. Raises torch.OutOfMemoryError."""
-        with self._copying:
+        with self._on_copy_stream():
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
@@ -90,7 +91,7 @@ class Accelerator:
         copy = Copy(source.numel(), source)
         copy.started, copy.done = torch.Event(self.device, enable_timing=True), self._event()
         pinned = source.is_pinned()
-        with self._copying:
+        with self._on_copy_stream():
             copy.started.record()
             self._copy(target, source, pinned)
             copy.done.record()
@@ -121,6 +122,19 @@ class Accelerator:
     def note(self) -> str:
         """What it cannot do, in words."""
         return self.memory.note()
+
+    @contextmanager
+    def _on_copy_stream(self) -> Iterator[None]:
+        """This thread is on the copy stream meanwhile. ``with stream`` keeps what was before in the stream object, where
+        several threads would overwrite it for each other.
+        """
+        index, before = torch.accelerator.current_device_index(), torch.accelerator.current_stream(self.device)
+        torch.accelerator.set_stream(self._copying)
+        try:
+            yield
+        finally:
+            torch.accelerator.set_stream(before)
+            torch.accelerator.set_device_index(index)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, pinned: bool) -> None:
         target.copy_(source, non_blocking=pinned)
