@@ -125,8 +125,9 @@ class Accelerator:
 
     @contextmanager
     def _on_copy_stream(self) -> Iterator[None]:
-        """This thread is on the copy stream meanwhile. ``with stream`` keeps what was before in the stream object: there
-        several threads would overwrite it for each other.
+        """This thread is on the copy stream meanwhile.
+
+        ``with stream`` keeps what was before in the stream object, where several threads would overwrite it.
         """
         index, before = torch.accelerator.current_device_index(), torch.accelerator.current_stream(self.device)
         torch.accelerator.set_stream(self._copying)
