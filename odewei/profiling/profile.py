@@ -24,7 +24,7 @@ def profile(model: nn.Module, /) -> Iterator[Timeline]:
 
     All threads are recorded, and all models that share the model's ``MemoryBudget``. ``print(timeline)`` gives a table
     and advice, ``timeline.save("t.json")`` a trace for Perfetto, ``timeline.plot("t.png")`` a picture. A step of a pass
-    costs one or two microseconds more, on a busy machine, while it is recorded, and nothing that can be measured otherwise.
+    costs a few microseconds more while it is recorded, and the test of an attribute otherwise.
 
     Raises OptionsError for a model that is not streamed, or is being recorded already.
     """
