@@ -167,7 +167,7 @@ def test_a_model_may_be_collected_at_any_moment() -> None:
 
     setup.account.was_written = collected_here
     del garbage
-    error = Forward(setup.run_pass).join(patience=1.0)
+    error = Forward(setup.run_pass).join()
     assert error is None or isinstance(error, ClosedError)
 
 
