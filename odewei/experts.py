@@ -27,7 +27,7 @@ from torch import nn
 
 from odewei.loaders.base import WeightInfo
 from odewei.loaders.gathering import cut_places, lies_in_places
-from odewei.scheduler.slabs import ALIGNMENT, HUGE_PAGE, PAGE
+from odewei.scheduler.slabs import ALIGNMENT, PAGE
 from odewei.survey import Kind, Modules, Weight
 from odewei.units import Unit, ancestry
 
@@ -144,10 +144,9 @@ def _piece(weight: Weight, place: int) -> Weight:
     return Weight(piece_name(weight.name, place), Kind(weight.shape[1:], weight.dtype, False), None, "")
 
 
-def slack_bytes(plans: Sequence[ExpertPlan], infos: Mapping[str, WeightInfo]) -> int:
+def slack_bytes(plans: Sequence[ExpertPlan]) -> int:
     """What all pieces take at most beyond their bytes: each expert lies in a slab of its own."""
-    pieces = sum(plan.count * len(plan.weights) for plan in plans)
-    return pieces * 3 * PAGE + sum(plan.count * HUGE_PAGE for plan in plans if _expert_bytes(plan, infos) >= HUGE_PAGE)
+    return sum(plan.count * len(plan.weights) for plan in plans) * 3 * PAGE
 
 
 def largest_expert_bytes(plans: Sequence[ExpertPlan], sizes: Mapping[str, int]) -> int:

@@ -51,7 +51,7 @@ class Layout:
         sizes = stock.sizes()
         plans = find_experts(modules, others, stock.infos, stock.bound)
         fused = [weight for plan in plans for weight in plan.weights]
-        self.most_bytes = _with_slack(stock) + slack_bytes(plans, stock.infos)
+        self.most_bytes = _with_slack(stock) + slack_bytes(plans)
         self.limit_bytes = budget_for(self.most_bytes)
         room_bytes = max(0, self.limit_bytes - largest_expert_bytes(plans, sizes))  # it is there besides its block
         apart = {weight.name for weight in fused}

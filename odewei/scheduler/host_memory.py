@@ -6,6 +6,7 @@ others only while somebody waits.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["HUGE_PAGE", "PAGE", "Bytes", "HostMemory", "Memory", "RegisteredMemory", "TorchPinnedMemory"]
+__all__ = ["HUGE_PAGE", "PAGE", "Bytes", "HostMemory", "Memory", "RegisteredMemory", "TorchPinnedMemory", "round_up"]
 
 PAGE = 4096
 """Direct reads start and end at multiples of this in the file and in memory."""
@@ -45,11 +46,14 @@ class HostMemory:
         return _mapped(nbytes)
 
     def resize(self, memory: Memory, nbytes: int) -> bool:
-        """Make it another size, keeping its pages, if that can be done. Nobody may have a view of it."""
+        """Make it another size, keeping its pages, if that can be done; what they hold may be lost. Nobody may have a
+        view of it.
+        """
         if not isinstance(memory, mmap.mmap):
             return False
         try:
-            memory.resize(nbytes)
+            memory.resize(round_up(nbytes, HUGE_PAGE))
+            _trim(memory, nbytes)
         except (BufferError, SystemError, OSError):  # a view is just dying; no mremap here; no addresses left
             return False
         return True
@@ -132,11 +136,33 @@ class TorchPinnedMemory(HostMemory):
         return _aligned(flat.numpy(), PAGE)
 
 
+def round_up(nbytes: int, multiple: int) -> int:
+    """The next multiple at or above ``nbytes``."""
+    return -(-nbytes // multiple) * multiple
+
+
 def _mapped(nbytes: int) -> tuple[mmap.mmap, int]:
     if nbytes < HUGE_PAGE:
         return _aligned(_map(nbytes), PAGE)
-    memory, offset = _aligned(_map(nbytes), HUGE_PAGE)  # recent kernels align large mappings themselves
-    return (memory, offset) if offset == 0 else _aligned(_map(nbytes + HUGE_PAGE), HUGE_PAGE)
+    memory, offset = _aligned(_map(round_up(nbytes, HUGE_PAGE)), HUGE_PAGE)  # recent kernels align these themselves
+    if offset != 0:
+        memory, offset = _aligned(_map(nbytes + HUGE_PAGE), HUGE_PAGE)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            memory.madvise(mmap.MADV_NOHUGEPAGE, offset + nbytes // HUGE_PAGE * HUGE_PAGE)
+        return memory, offset
+    with contextlib.suppress(SystemError, OSError):  # no mremap here: the last huge page stays whole
+        _trim(memory, nbytes)
+    return memory, 0
+
+
+def _trim(memory: mmap.mmap, nbytes: int) -> None:
+    """Cut memory of whole huge pages, so that what is not full of bytes takes small pages."""
+    if nbytes == len(memory):
+        return
+    whole = nbytes // HUGE_PAGE * HUGE_PAGE
+    if hasattr(mmap, "MADV_DONTNEED"):  # a huge page that is there would stay whole in the system's books
+        memory.madvise(mmap.MADV_DONTNEED, whole)
+    memory.resize(nbytes)
 
 
 def _map(nbytes: int) -> mmap.mmap:

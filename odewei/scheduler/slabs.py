@@ -23,7 +23,7 @@ import numpy as np
 
 from odewei.scheduler.budget import Budget, Reservation
 from odewei.scheduler.forks import is_held_by_nobody_here
-from odewei.scheduler.host_memory import HUGE_PAGE, PAGE, Bytes, HostMemory
+from odewei.scheduler.host_memory import HUGE_PAGE, PAGE, Bytes, HostMemory, round_up
 from odewei.scheduler.whole import Books, whole
 
 __all__ = ["ALIGNMENT", "HUGE_PAGE", "PAGE", "Bytes", "Slab", "SlabPool", "round_up", "slab_bytes"]
@@ -31,18 +31,9 @@ __all__ = ["ALIGNMENT", "HUGE_PAGE", "PAGE", "Bytes", "Slab", "SlabPool", "round
 ALIGNMENT = 64
 """Every tensor lies at a multiple of this many bytes: CPU kernels give other last bits when a weight does not."""
 
-_WHOLE_HUGE_PAGES_FROM = 32 << 20  # larger slabs are whole huge pages; what that wastes is at most a sixteenth
-
-
-def round_up(nbytes: int, multiple: int) -> int:
-    """The next multiple at or above ``nbytes``."""
-    return -(-nbytes // multiple) * multiple
-
 
 def slab_bytes(nbytes: int) -> int:
     """The size of the slab that ``nbytes`` bytes need."""
-    if nbytes >= _WHOLE_HUGE_PAGES_FROM:
-        return round_up(nbytes, HUGE_PAGE)
     return round_up(nbytes, PAGE if nbytes >= PAGE else ALIGNMENT)
 
 
@@ -93,9 +84,9 @@ class Slab:
         self._lent = None
 
     def try_resize(self, nbytes: int, reservation: Reservation) -> bool:
-        """Make a free slab of whole huge pages another size, keeping its pages: fresh ones have to be cleared first."""
-        whole = self.nbytes % HUGE_PAGE == nbytes % HUGE_PAGE == 0
-        if not whole or len(self._memory) != self.nbytes or not self._source.resize(self._memory, nbytes):
+        """Make a free slab with huge pages another size, keeping its pages: fresh ones have to be cleared first."""
+        large = min(self.nbytes, nbytes) >= HUGE_PAGE
+        if not large or len(self._memory) != self.nbytes or not self._source.resize(self._memory, nbytes):
             return False
         self.nbytes, self.reservation = nbytes, reservation
         return True
@@ -348,7 +339,7 @@ class SlabPool(Books):
         if nbytes <= self.budget.free_bytes:
             return None
         near = [size for size in self._free if nbytes // 2 < size < 2 * nbytes]
-        slab = self._take_free(max(near)) if near and nbytes % HUGE_PAGE == 0 else None
+        slab = self._take_free(max(near)) if near and nbytes >= HUGE_PAGE else None
         if slab is None:
             return None
         self.budget.release(slab.reservation)

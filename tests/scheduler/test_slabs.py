@@ -1,7 +1,9 @@
 """Memory by reference: who holds a slab, when it is free, and what is done with it then."""
 
+import re
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,20 +100,38 @@ def test_a_free_slab_is_unmapped_when_another_size_needs_the_room() -> None:
     pool.check_invariants()
 
 
-@pytest.mark.parametrize(("first", "second"), [(4, 6), (6, 4)])
+@pytest.mark.parametrize(("first", "second"), [(1024, 1536), (1536, 1024), (1025, 1536), (1536, 1025), (1281, 1537)])
 def test_a_large_slab_is_made_to_fit(first: int, second: int) -> None:
-    """For another size of about its own a large slab keeps its pages, and what was in them."""
+    """For another size (here in pages) of about its own a large slab keeps its huge pages."""
     pool = SlabPool(Budget(9 << 20))
-    slab = acquired(pool, first << 20)
+    slab = acquired(pool, first * PAGE)
     slab.view()[:] = 7
     pool.release(slab)
-    again = acquired(pool, second << 20)
+    again = acquired(pool, second * PAGE)
     assert again is slab
-    assert again.view().nbytes == again.nbytes == again.reservation.nbytes == second << 20
-    assert address(again) % PAGE == 0
+    assert again.view().nbytes == again.nbytes == again.reservation.nbytes == second * PAGE
+    assert address(again) % (2 << 20) == 0
     assert bool((again.view()[: 4 << 20] == 7).all())
-    assert pool.budget.used_bytes == second << 20
+    again.view()[:] = 8
+    assert pool.budget.used_bytes == second * PAGE
     pool.check_invariants()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what is in huge pages")
+@pytest.mark.parametrize("before", [None, 8 << 20])
+def test_a_large_slab_takes_its_own_pages_only(before: int | None) -> None:
+    """The last huge page of a slab that does not fill it is none, also where there was one before."""
+    pool = SlabPool(Budget(9 << 20))
+    if before is not None:
+        slab = acquired(pool, before)
+        slab.view()[:] = 7
+        pool.release(slab)
+        del slab
+    slab = acquired(pool, (4 << 20) + PAGE)
+    slab.view()[:] = 7
+    last = address(slab) + slab.nbytes
+    maps = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", Path("/proc/self/smaps").read_text(), re.MULTILINE)
+    assert not any(int(begin, 16) < last < int(end, 16) for begin, end in maps)
 
 
 def test_a_large_slab_that_is_looked_at_stays_where_it_is() -> None:
