@@ -330,3 +330,35 @@ def test_a_fork_in_the_middle_of_anything(depth: int | str, tmp_path: Path) -> N
     command = [sys.executable, "-W", "ignore", "-c", _FORKS, str(tmp_path), str(depth)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, timeout=100, env=environment)
+
+
+_END = """
+import sys, threading, torch
+from tests import models
+from odewei.errors import ClosedError
+from odewei.torch import init_on_demand_weights_model
+case = models.CASES["llama"]
+model = init_on_demand_weights_model(case.build, sys.argv[1], memory_budget="100kB")
+inputs = case.inputs(1)
+runs = threading.Event()
+
+def work():
+    try:
+        while True:
+            models.outputs(model, inputs)
+            runs.set()
+    except ClosedError:
+        pass
+
+threading.Thread(target=work, daemon=True).start()
+runs.wait()
+"""
+
+
+def test_the_interpreter_ends_in_the_middle_of_reading(path: Path) -> None:
+    """A daemon thread's passes hold nothing up, and the scheduler ends with the program without a word."""
+    command = [sys.executable, "-W", "ignore", "-c", _END, str(path)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    for _ in range(3):
+        done = subprocess.run(command, check=True, timeout=60, env=environment, stderr=subprocess.PIPE, text=True)
+        assert "odewei-scheduler" not in done.stderr

@@ -90,7 +90,7 @@ def test_lora(tmp_path: Path) -> None:
 
 def test_server() -> None:
     """It answers several requests at once, token by token, and others meanwhile; Ctrl-C ends it without a traceback."""
-    command = [sys.executable, ROOT / "examples" / "server.py", "--tiny", "--port", "0"]
+    command = [sys.executable, "-X", "faulthandler", ROOT / "examples" / "server.py", "--tiny", "--port", "0"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True) as server:
         try:
@@ -118,8 +118,11 @@ def test_server() -> None:
                 refused.value.close()
         finally:
             server.send_signal(signal.SIGINT)
-            assert server.stderr is not None
-            errors = server.stderr.read()
+            try:
+                errors = server.communicate(timeout=60)[1]
+            except subprocess.TimeoutExpired:
+                server.send_signal(signal.SIGABRT)  # the fault handler says where each thread is
+                pytest.fail(f"Ctrl-C has not ended it: {server.communicate()[1]}")
         assert "Traceback" not in errors
     assert server.returncode == 0
 

@@ -260,9 +260,13 @@ class PrefetchingDriver(Driver):
                 try:
                     await drain(executor=self._pool)
                 except RuntimeError as error:
-                    if not str(error).startswith(_NO_THREAD):
+                    if str(error).startswith(_NO_THREAD):
+                        self._without_thread(error)
+                    elif str(error).startswith(_INTERPRETER_ENDS):
+                        self._closing = True
+                        self._awake.set()
+                    else:
                         raise
-                    self._without_thread(error)
 
     def _without_thread(self, error: RuntimeError) -> None:
         """The system gives no thread to read with. Where there is one already it does the work of all."""
@@ -291,6 +295,7 @@ class PrefetchingDriver(Driver):
 
 
 _NO_THREAD = "can't start new thread"  # what threading says
+_INTERPRETER_ENDS = "cannot schedule new futures after"  # what concurrent.futures says; nobody here shuts the pool down
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
