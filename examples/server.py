@@ -45,9 +45,9 @@ class Server:
 
     async def serve(self, host: str, port: int) -> None:
         server = await asyncio.start_server(self.answer, host, port, limit=LONGEST_REQUEST)
-        print(f"http://{host}:{server.sockets[0].getsockname()[1]}", flush=True)
         serving = asyncio.ensure_future(server.serve_forever())
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, serving.cancel)  # wakes the loop for certain
+        print(f"http://{host}:{server.sockets[0].getsockname()[1]}", flush=True)
         async with server:
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
