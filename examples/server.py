@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import signal
 import tempfile
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,12 +44,9 @@ class Server:
 
     async def serve(self, host: str, port: int) -> None:
         server = await asyncio.start_server(self.answer, host, port, limit=LONGEST_REQUEST)
-        serving = asyncio.ensure_future(server.serve_forever())
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, serving.cancel)  # wakes the loop for certain
         print(f"http://{host}:{server.sockets[0].getsockname()[1]}", flush=True)
         async with server:
-            with contextlib.suppress(asyncio.CancelledError):
-                await serving
+            await server.serve_forever()
 
     def close(self) -> None:
         self.threads.shutdown()
@@ -133,7 +129,8 @@ def main() -> None:
             parser.error("give a folder, or --tiny")
         server = Server(arguments.folder, arguments.memory_budget, arguments.passes)
         try:
-            asyncio.run(server.serve(arguments.host, arguments.port))
+            with contextlib.suppress(KeyboardInterrupt):
+                asyncio.run(server.serve(arguments.host, arguments.port))
         finally:
             server.close()
 
