@@ -1,9 +1,9 @@
 """One module's streamed parameters: the two dictionaries that it has by turns, and which of them is in place.
 
-*Bound* is an ordinary one with the real parameters; *unbound* loads a weight when its name is looked up, like any
-other access, while iterating it yields placeholders and loads nothing. Attribute access always hands out a real
-tensor, because torch leaves its fast paths when it sees a subclass. The bound one is in place when all units that the
-module draws from are resident.
+*Bound* has the real parameters; *unbound* loads a weight when its name is looked up, like any other access. Attribute
+access always hands out a real tensor, because torch leaves its fast paths when it sees a subclass. The bound one is in
+place when all units that the module draws from are resident. Iterating either yields placeholders and loads nothing:
+the same objects whatever is resident, so that a tied weight is one to whoever counts while units come and go.
 
 The driver's thread swaps; forward threads only look. Whatever they find is right: the real tensor, kept alive by their
 reference, or a load. The module is held weakly.
@@ -65,7 +65,15 @@ class _Streamed(dict[str, Any]):
 
 
 class BoundParameters(_Streamed):
-    """All parameters are real."""
+    """Looking a name up is that of an ordinary dictionary, and finds real parameters only."""
+
+    __slots__ = ()
+
+    def items(self) -> Any:
+        return self._binding.placeholders().items()
+
+    def values(self) -> Any:
+        return self._binding.placeholders().values()
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
@@ -130,6 +138,10 @@ class ModuleBinding:
         tables = tuple(name for name, found in taken if isinstance(found, InParts))
         self._names, self._tables = kinds.setdefault(names, names), kinds.setdefault(tables, tables)
         self.put()
+
+    def placeholders(self) -> UnboundParameters:
+        """All that the module has, as it is when no unit is here."""
+        return self._unbound
 
     def bind(self, local_name: str, parameter: nn.Parameter) -> None:
         """One weight is here."""
@@ -242,8 +254,8 @@ class ModuleBinding:
             self._real.pop(local_name, None)
 
 
-def _follow(module: nn.Module, parameters: Mapping[str, Any]) -> None:
+def _follow(module: nn.Module, parameters: dict[str, Any]) -> None:
     """Recurrent modules keep a second list of their weights."""
     if isinstance(module, nn.RNNBase):
-        items = dict(parameters.items())  # placeholders stay placeholders: nothing is looked up
+        items = dict(dict.items(parameters))  # placeholders stay placeholders: nothing is looked up
         module.__dict__["_flat_weights"] = [items.get(name) for name in module._flat_weights_names]

@@ -188,6 +188,23 @@ def test_ties_are_one_weight(tmp_path: Path) -> None:
         assert report.bytes_read == report.weight_bytes
 
 
+def test_ties_are_one_parameter_while_units_arrive(tmp_path: Path) -> None:
+    """Whoever iterates the parameters sees the same objects whatever is resident, also if a unit arrives meanwhile."""
+    model = zoo.resident(Tied)
+    path = zoo.save(model, tmp_path / "model.safetensors")
+    with zoo.streamed(Tied, str(path), memory_budget="1MB", prefetch_depth=0) as streamed:
+        before = list(streamed.parameters())
+        seen = []
+        for parameter in streamed.parameters():
+            if not seen:
+                assert_same(model, streamed, [rows(1)])
+                assert odewei.report(streamed).resident_bytes == zoo.weight_bytes(model)
+            seen.append(parameter)
+        assert len(seen) == len(list(model.parameters()))
+        assert all(one is other for one, other in zip(before, seen, strict=True))
+        assert all(one is other for one, other in zip(before, streamed.parameters(), strict=True))
+
+
 def test_a_shared_module_is_read_once(tmp_path: Path) -> None:
     """A module in several places has one set of weights, whichever of them it is called from."""
     model = zoo.resident(Shared)

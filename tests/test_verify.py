@@ -194,6 +194,23 @@ def test_the_command_ends_with_0_or_1(checkpoint: Path) -> None:
     assert [bool(file["problems"]) for file in document["files"]] == [False, True, False]
 
 
+def test_json_of_a_whole_checkpoint(checkpoint: Path) -> None:
+    """Writing the sums says where they are; then every file is whole, with its size, its sum and where that is from."""
+    sums = checkpoint / "SHA256SUMS"
+    assert json.loads(invoke("--write-sums", "--json", checkpoint).stdout) == {
+        "path": str(checkpoint),
+        "sums": str(sums),
+    }
+    result = invoke("--json", checkpoint)
+    assert (result.exit_code, result.stderr) == (0, "")
+    document = json.loads(result.stdout)
+    assert (document["path"], document["ok"]) == (str(checkpoint), True)
+    for file, weights in zip(document["files"], (None, 1, 2), strict=True):
+        content = Path(file["path"]).read_bytes()
+        assert (file["nbytes"], file["weights"], file["problems"]) == (len(content), weights, [])
+        assert (file["sha256"], file["sum_from"]) == (hashlib.sha256(content).hexdigest(), str(sums))
+
+
 def test_the_command_says_what_was_not_compared(checkpoint: Path) -> None:
     """Without any sums the exit status is that of headers and spans, and stderr says so."""
     result = invoke(checkpoint)
