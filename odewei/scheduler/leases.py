@@ -47,7 +47,8 @@ class ThreadLeases:
     """The leases of one thread, innermost last.
 
     ``lingering`` is a unit that its forward has taken a weight of by itself, without entering the module, and has
-    perhaps not used yet: until it enters another unit nothing drives that one out but a forward that waits.
+    perhaps not used yet: until it enters another unit nothing drives that one out but a forward that waits. Entering
+    the same one changes nothing: a forward that loops over views of a weight has the module compute with each.
     """
 
     def __init__(self) -> None:
@@ -90,7 +91,7 @@ class LeaseBook:
         ``lingers``: it has an effect beyond its end, see ThreadLeases.
         """
         self._return_stale(mine)
-        mine.lingering = unit if lingers else None
+        mine.lingering = unit if lingers or mine.lingering is unit else None
         mine.leases.append(Lease(account, unit, frame))
         if unit is not None:
             unit.leases += 1

@@ -216,6 +216,19 @@ def test_a_weight_just_taken_is_not_driven_out_by_a_hint() -> None:
     setup.check()
 
 
+def test_a_weight_taken_in_a_loop_lingers_through_calls_of_its_module() -> None:
+    """A forward that loops over views of a weight has the module compute with each; entering another unit ends it."""
+    setup = Setup([4096] * 2, 2 * 4096)
+    setup.ledger.enter_pass(setup.account, running_frame())
+    setup.driver.enter(0, running_frame(), lingers=True)
+    setup.driver.leave(0)
+    for unit, lingers in ((0, True), (1, False), (0, False)):
+        setup.visit(unit)
+        assert setup.ledger._leases.lingers(setup.ledger.units[0]) is lingers
+    setup.ledger.leave_pass(setup.account)
+    setup.check()
+
+
 def test_a_demand_takes_the_room_of_what_lingers() -> None:
     """It holds nobody up: not the thread itself, and not another one."""
     setup = Setup([4096] * 2, 4096)
