@@ -123,6 +123,8 @@ def _run(sim: Simulator, kind: type[Accelerator], file: Path, monkeypatch: pytes
 
 
 # Where the host happens to learn that a copy is over, all streams count as ordered after it: on "lazy" it does not.
+# The threads that read run as they come, so one run may happen to wait in the right places without the rule.
+TRIES = 20
 CASES = [(kind, schedule) for kind in (Whole, *RULES) for schedule in (Schedule("lazy"), Schedule("random", 3))]
 CASES.remove((NewStreamsComputeBeforeTheCopy, Schedule("random", 3)))
 
@@ -138,10 +140,14 @@ def test_a_rule_that_is_taken_out_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The detector names the mistake, and says nothing when all rules are there."""
-    simulator.reset(schedule)
-    _run(simulator, kind, checkpoint_of(Stack, tmp_path), monkeypatch)
-    findings = simulator.report()
+    file = checkpoint_of(Stack, tmp_path)
+
+    def kinds_of_findings() -> set[str]:
+        simulator.reset(schedule)
+        _run(simulator, kind, file, monkeypatch)
+        return {finding.kind for finding in simulator.report()}
+
     if kind in RULES:
-        assert RULES[kind] in {finding.kind for finding in findings}
+        assert any(RULES[kind] in kinds_of_findings() for _ in range(TRIES))
     else:
-        assert not findings
+        assert not kinds_of_findings()
