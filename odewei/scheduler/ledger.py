@@ -163,6 +163,7 @@ class Ledger(Books):
         with self.lock:
             record = self._open_record(unit)
             mine = self._leases.mine()
+            record.handed_out |= lingers
             self._leases.take(mine, record.account, record, frame, lingers=lingers)
             self._note_access(mine, record)
             if self.observer is not None:
@@ -487,13 +488,19 @@ class Ledger(Books):
                 return False
             if self._leases.lingers(record):
                 return False
-            if unit in self._wants or (record.on_demand and record.account.is_held(record.place)):
+            if unit in self._wants:
+                return False
+            if self._may_be_held(record) and record.account.is_held(record.place):
                 return False
             record.stays = record.account.was_written(record.place)
             return not record.stays
 
         for unit, distance in self.outlook.best_to_leave(evictable, self._residents, beyond):
             yield Candidate(unit, self.units[unit].nbytes, distance)
+
+    def _may_be_held(self, record: UnitRecord) -> bool:
+        """Whether it is worth asking: to ask for all that a graph of autograd holds would take longer than reading."""
+        return record.on_demand or record.handed_out or self._leases.is_last(record)
 
     def _evict(self, record: UnitRecord) -> None:
         self._move(record, State.ABSENT)

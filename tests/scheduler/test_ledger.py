@@ -229,6 +229,33 @@ def test_a_weight_taken_in_a_loop_lingers_through_calls_of_its_module() -> None:
     setup.check()
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_unit_of_the_last_call_stays_while_views_of_it_are_held(alone: bool) -> None:
+    """Driving it out would free nothing, and its next call would read it beyond the budget.
+
+    Taken ``alone`` before, it is asked about after other calls too.
+    """
+    setup = Setup([4096] * 3, 2 * 4096)
+    setup.account.window = Window(2, 2 * 4096)
+    setup.seed([0, 1, 2])
+    held = {0}
+    setup.account.is_held = held.__contains__
+    setup.ledger.enter_pass(setup.account, running_frame())
+    setup.driver.enter(0, running_frame(), lingers=alone)
+    setup.driver.leave(0)
+    setup.prefetch()
+    assert [setup.ledger.units[unit].state.value for unit in range(3)] == ["resident", "resident", "absent"]
+    setup.visit(1)
+    setup.prefetch()
+    assert (setup.ledger.units[0].state.value == "resident") is alone
+    held.clear()
+    setup.prefetch()
+    assert setup.ledger.units[0].state.value == "absent"
+    setup.ledger.leave_pass(setup.account)
+    assert setup.budget.overdrafts == 0
+    setup.check()
+
+
 def test_a_demand_takes_the_room_of_what_lingers() -> None:
     """It holds nobody up: not the thread itself, and not another one."""
     setup = Setup([4096] * 2, 4096)
