@@ -332,8 +332,11 @@ def test_a_fork_in_the_middle_of_anything(depth: int | str, tmp_path: Path) -> N
     subprocess.run(command, check=True, timeout=100, env=environment)
 
 
+# A thread that computes when the interpreter ends has torch abort the program, with odewei or without: it is waited for.
 _END = """
-import sys, threading, torch
+import atexit, sys, threading
+atexit.register(lambda: thread.join())  # the first one registered is the last one called
+import torch
 from tests import models
 from odewei.errors import ClosedError
 from odewei.torch import init_on_demand_weights_model
@@ -350,13 +353,14 @@ def work():
     except ClosedError:
         pass
 
-threading.Thread(target=work, daemon=True).start()
+thread = threading.Thread(target=work, daemon=True)
+thread.start()
 runs.wait()
 """
 
 
 def test_the_interpreter_ends_in_the_middle_of_reading(path: Path) -> None:
-    """A daemon thread's passes hold nothing up, and the scheduler ends with the program without a word."""
+    """A daemon thread's passes are told so, and the scheduler ends with the program without a word."""
     command = [sys.executable, "-W", "ignore", "-c", _END, str(path)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     for _ in range(3):
