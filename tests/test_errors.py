@@ -332,7 +332,7 @@ def test_a_fork_in_the_middle_of_anything(depth: int | str, tmp_path: Path) -> N
     subprocess.run(command, check=True, timeout=100, env=environment)
 
 
-# A thread that computes when the interpreter ends has torch abort the program, with odewei or without: it is waited for.
+# torch aborts a program that ends while a thread computes, with odewei or without: this one is waited for.
 _END = """
 import atexit, sys, threading
 atexit.register(lambda: thread.join())  # the first one registered is the last one called
