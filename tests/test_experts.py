@@ -637,7 +637,7 @@ def test_an_error_in_an_expert(error: type[BaseException], pair: tuple[nn.Module
     handle.remove()
     assert models.same_bits(models.outputs(streamed, tokens(2, 5)), models.outputs(model, tokens(2, 5)))
     assert runtime_of(streamed).driver.ledger.leases() == 0
-    assert not runtime_of(streamed).driver.ledger._wants
+    assert not runtime_of(streamed).driver.ledger.wants
 
 
 def test_one_expert_at_a_time_is_leased(pair: tuple[nn.Module, nn.Module]) -> None:

@@ -11,17 +11,19 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from odewei.errors import ClosedError
+from odewei.scheduler.chooser import Chooser
 from odewei.scheduler.forks import is_held_by_nobody_here, was_forked
 from odewei.scheduler.leases import LeaseBook, ThreadLeases
 from odewei.scheduler.machine import AutoLimit
 from odewei.scheduler.observer import Observer
 from odewei.scheduler.outlook import Outlook
-from odewei.scheduler.plan import Candidate, Decision, Wish, decide
+from odewei.scheduler.plan import Decision
 from odewei.scheduler.reader import UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.roster import Roster
 from odewei.scheduler.slabs import Slab, SlabPool
-from odewei.scheduler.states import State, check_move
+from odewei.scheduler.states import State
+from odewei.scheduler.tally import Tally
 from odewei.scheduler.wants import Wants
 from odewei.scheduler.whole import Books, whole
 
@@ -40,18 +42,13 @@ class Ledger(Books):
         self.outlook = Outlook()
         self.roster = Roster(pool, self.outlook, auto)
         self.accounts, self.units = self.roster.accounts, self.roster.units
-        self._residents: set[int] = set()
-        self._demanded: dict[int, UnitRecord] = {}
-        self._reading_bytes = 0
-        self._ahead: set[int] = set()  # units fetched before their use, and not used since
-        self._ahead_bytes = 0
+        self.tally = Tally(self.units, self._has_moved)
+        self.wants = Wants()
+        self._leases = LeaseBook(self._thread_is_outside, self._thread_has_ended)
+        self._chooser = Chooser(self.roster, self.tally, self.wants, self._leases)
         self._shrunk_for: set[int] = set()
-        self._failed = 0
-        self._idle = 0  # units that are absent and only there on demand
-        self._wants = Wants()
         self._closed: BaseException | None = None
         self.observer: Observer | None = None
-        self._leases = LeaseBook(self._thread_is_outside, self._thread_has_ended)
 
     # -- models come and go ------------------------------------------------------------------------------------------
 
@@ -61,18 +58,16 @@ class Ledger(Books):
 
         False if the ledger was closed.
         """
-        with self.lock:
-            if self._closed is not None:
-                return False
-            self.roster.add(account, units)
-            self._idle += sum(record.on_demand for record in account.units)
-            return True
+        if self._closed is not None:
+            return False
+        self.roster.add(account, units)
+        self.tally.come(account.units)
+        return True
 
     @whole
     def seed(self, account: Account, order: Sequence[int]) -> None:
         """The order in which the units of a model, by their places in it, are expected to be entered in one pass."""
-        with self.lock:
-            self.roster.seed(account, order)
+        self.roster.seed(account, order)
 
     @whole
     def depart(self, account: Account, reason: BaseException) -> bool:
@@ -81,29 +76,27 @@ class Ledger(Books):
         The caller unbinds them, lets reads under way end, then calls ``forget``. False if it is the last model: then
         the whole ledger was closed instead, and no other can join.
         """
-        with self.lock:
-            if self.accounts == [account]:
-                self.close(reason)
-                return False
-            if account not in self.accounts:
-                return True
-            self.roster.remove(account)
-            account.closed = reason
-            for record in account.units:
-                self._wake(record, reason)
-                if record.state is State.RESIDENT:
-                    self._evict(record)
+        if self.accounts == [account]:
+            self.close(reason)
+            return False
+        if account not in self.accounts:
             return True
+        self.roster.remove(account)
+        account.closed = reason
+        for record in account.units:
+            self.tally.wake(record, reason)
+            if record.state is State.RESIDENT:
+                self._evict(record)
+        return True
 
     @whole
     def forget(self, account: Account) -> None:
         """Strike the units of a model that has departed. Nothing of it may be on its way."""
-        with self.lock:
-            for record in account.units:
-                if record.state is State.FAILED:
-                    self._move(record, State.ABSENT)
-                assert record.state is State.ABSENT, f"{record.name} is still {record.state.value}"
-            self._idle -= sum(record.on_demand for record in self.roster.strike(account))
+        for record in account.units:
+            if record.state is State.FAILED:
+                self.tally.move(record, State.ABSENT)
+            assert record.state is State.ABSENT, f"{record.name} is still {record.state.value}"
+        self.tally.go(self.roster.strike(account))
 
     def adapt(self) -> None:
         """Have an "auto" budget follow what is available, now and then."""
@@ -122,235 +115,201 @@ class Ledger(Books):
     @whole
     def resize(self, unit: int, nbytes: int) -> None:
         """A unit turned out to need other room. Only while it is absent or being read."""
-        with self.lock:
-            record = self.units[unit]
-            assert record.state in (State.ABSENT, State.READING)
-            if record.state is State.READING:
-                self._reading_bytes += nbytes - record.nbytes
-            if record.ahead:
-                self._ahead_bytes += nbytes - record.nbytes
-            record.nbytes = nbytes
+        record = self.units[unit]
+        assert record.state in (State.ABSENT, State.READING)
+        self.tally.resize(record, nbytes)
 
     # -- the forward thread ------------------------------------------------------------------------------------------
 
     @whole
     def enter_pass(self, account: Account, frame: FrameType) -> bool:
         """This thread enters a model, whose call runs in ``frame``. Whether it was outside of every model."""
-        with self.lock:
-            mine = self._leases.mine()
-            self._leases.take(mine, account, None, frame)
-            self.outlook.enter(mine)
-            if self.observer is not None:
-                self.observer.entered(None, len(mine.leases))
-            return len(mine.leases) == 1
+        mine = self._leases.mine()
+        self._leases.take(mine, account, None, frame)
+        self.outlook.enter(mine)
+        if self.observer is not None:
+            self.observer.entered(None, len(mine.leases))
+        return len(mine.leases) == 1
 
     @whole
     def leave_pass(self, account: Account) -> bool:
         """This thread leaves a model, whether by return or by exception. Whether it is outside of every model now."""
-        with self.lock:
-            mine = self._leases.mine()
-            self._leases.give_back(mine, account)
-            if self.observer is not None:
-                self.observer.left(None)
-            if not mine.leases:
-                account.counters.passes += 1
-                self._wants.drop(mine)
-            return not mine.leases
+        mine = self._leases.mine()
+        self._leases.give_back(mine, account)
+        if self.observer is not None:
+            self.observer.left(None)
+        if not mine.leases:
+            account.counters.passes += 1
+            self.wants.drop(mine)
+        return not mine.leases
 
     @whole
     def enter(self, unit: int, frame: FrameType, *, lingers: bool = False) -> Waiter | None:
         """Take a lease. None: the unit is resident. Otherwise whoever drives the ledger sets ``done`` of the waiter."""
-        with self.lock:
-            record = self._open_record(unit)
-            mine = self._leases.mine()
-            record.handed_out |= lingers
-            self._leases.take(mine, record.account, record, frame, lingers=lingers)
-            self._note_access(mine, record)
-            if self.observer is not None:
-                self.observer.entered(unit, len(mine.leases))
-            if record.state is State.RESIDENT:
-                record.account.counters.hits += 1
-                return None
-            waiter = Waiter(unit)
-            self._demand(record, waiter)
-            return waiter
+        record = self._open_record(unit)
+        mine = self._leases.mine()
+        record.handed_out |= lingers
+        self._leases.take(mine, record.account, record, frame, lingers=lingers)
+        self._note_access(mine, record)
+        if self.observer is not None:
+            self.observer.entered(unit, len(mine.leases))
+        if record.state is State.RESIDENT:
+            record.account.counters.hits += 1
+            return None
+        waiter = Waiter(unit)
+        self.tally.demand(record, waiter)
+        return waiter
 
     @whole
     def leave(self, unit: int) -> None:
         """Return the innermost lease of ``unit`` of this thread. Leases above it were left behind and go too."""
-        with self.lock:
-            self._leases.give_back(self._leases.mine(), unit)
-            if self.observer is not None:
-                self.observer.left(unit)
+        self._leases.give_back(self._leases.mine(), unit)
+        if self.observer is not None:
+            self.observer.left(unit)
 
     @whole
     def hold(self, waiter: Waiter) -> None:
         """Take a lease of the waiter's unit that belongs to no frame, until ``let_go``; the waiter is told, now or
         later.
         """
-        with self.lock:
-            record = self._open_record(waiter.unit)
-            record.held += 1
-            record.leases += 1
-            self._note_access(self._leases.mine(), record)
-            if record.state is State.RESIDENT:
-                record.account.counters.hits += 1
-                waiter.finish()
-            else:
-                self._demand(record, waiter)
+        record = self._open_record(waiter.unit)
+        record.held += 1
+        record.leases += 1
+        self._note_access(self._leases.mine(), record)
+        if record.state is State.RESIDENT:
+            record.account.counters.hits += 1
+            waiter.finish()
+        else:
+            self.tally.demand(record, waiter)
 
     @whole
     def let_go(self, unit: int) -> None:
         """Return a lease that ``hold`` took."""
-        with self.lock:
-            record = self.units.get(unit)
-            if record is not None:
-                record.held -= 1
-                record.leases -= 1
+        record = self.units.get(unit)
+        if record is not None:
+            record.held -= 1
+            record.leases -= 1
 
     @whole
     def want(self, units: Sequence[int]) -> None:
         """This thread will enter these units next, in this order: read them together. An empty sequence: no more."""
-        with self.lock:
-            self._wants.put(self._leases.mine(), units)
+        self.wants.put(self._leases.mine(), units)
 
     @whole
     def give_up(self, waiter: Waiter) -> None:
         """A forward stopped waiting (an interrupt): nobody needs to wake it any more."""
-        with self.lock:
-            record = self.units.get(waiter.unit)
-            if record is not None and waiter in record.waiters:
-                record.waiters = tuple(other for other in record.waiters if other is not waiter)
-                if not record.waiters:
-                    self._demanded.pop(waiter.unit, None)
+        record = self.units.get(waiter.unit)
+        if record is not None:
+            self.tally.give_up(record, waiter)
 
     @whole
     def note_stall(self, unit: int, began: float, ended: float) -> None:
         """This thread's forward has waited for a unit."""
         if self.observer is not None:
             self.observer.stalled(unit, began, ended)
-        with self.lock:
-            record = self.units.get(unit)
-            if record is not None:
-                record.account.counters.stalls += 1
-                record.account.counters.stall_seconds += ended - began
+        record = self.units.get(unit)
+        if record is not None:
+            record.account.counters.stalls += 1
+            record.account.counters.stall_seconds += ended - began
 
     def needs_driver(self) -> bool:
         """Whether there is anything to decide: some unit is neither resident nor failed, nor idle. Without the lock, a
         hint.
         """
-        missing = len(self._residents) + self._failed + self._idle < len(self.units)
-        return missing or bool(self._demanded) or bool(self._wants) or self._torn
+        return self.tally.lacks_any() or bool(self.tally.demanded) or bool(self.wants) or self._torn
 
     # -- whoever drives: one thread at a time ------------------------------------------------------------------------
 
     @whole
     def next_decision(self) -> Decision | None:
         """Decide what to fetch next, and move its victims to ABSENT. The caller unbinds them, then begins the read."""
-        with self.lock:
-            wish = self._most_urgent()
-            if wish is not None and wish.demanded:
-                self.pool.stop_expecting_leaving()  # what did not come back at once is held by somebody
-            decision = self._decide(wish)
-            for remedy in (self._leases.return_all_stale, self._leases.end_lingering, self._wants.drop_all):
-                stuck = wish is not None and wish.demanded and (decision is None or decision.beyond_limit)
-                if stuck and remedy():
-                    decision = self._decide(wish)
-            for unit in decision.evict if decision else ():
-                self._evict(self.units[unit])
-            return decision
+        wish = self._chooser.wish()
+        if wish is not None and wish.demanded:
+            self.pool.stop_expecting_leaving()  # what did not come back at once is held by somebody
+        decision = self._chooser.decide(wish)
+        for remedy in (self._leases.return_all_stale, self._leases.end_lingering, self.wants.drop_all):
+            stuck = wish is not None and wish.demanded and (decision is None or decision.beyond_limit)
+            if stuck and remedy():
+                decision = self._chooser.decide(wish)
+        for unit in decision.evict if decision else ():
+            self._evict(self.units[unit])
+        return decision
 
     @whole
     def next_shedding(self) -> Decision | None:
         """What leaves because the budget has shrunk, moved to ABSENT. The caller unbinds it."""
-        with self.lock:
-            decision = self._decide(None)
-            for unit in decision.evict if decision else ():
-                self._evict(self.units[unit])
-            return decision
+        decision = self._chooser.decide(None)
+        for unit in decision.evict if decision else ():
+            self._evict(self.units[unit])
+        return decision
 
     @whole
     def begin_read(self, unit: int, slab: Slab | None) -> None:
         """ABSENT to READING, into ``slab`` (None: the unit has no bytes)."""
-        with self.lock:
-            record = self.units[unit]
-            self._move(record, State.READING)
-            record.slab = slab
-            self._reading_bytes += record.nbytes
-            if not record.leases:
-                record.ahead = True
-                self._ahead.add(unit)
-                self._ahead_bytes += record.nbytes
+        record = self.units[unit]
+        self.tally.move(record, State.READING)
+        record.slab = slab
+        if not record.leases:
+            self.tally.fetched_ahead(record)
 
     @whole
     def finish_read(self, unit: int, nbytes: int) -> None:
         """READING to STAGED: ``nbytes`` have been read and all are in the slab."""
-        with self.lock:
-            record = self.units[unit]
-            self._move(record, State.STAGED)
-            self._reading_bytes -= record.nbytes
-            record.account.counters.bytes_read += nbytes
-            record.account.counters.units_read += 1
+        record = self.units[unit]
+        self.tally.move(record, State.STAGED)
+        record.account.counters.bytes_read += nbytes
+        record.account.counters.units_read += 1
 
     @whole
     def abandon_read(self, unit: int, nbytes: int) -> None:
         """READING back to ABSENT, without failure. ``nbytes`` were read all the same."""
-        with self.lock:
-            record = self.units[unit]
-            self._reading_bytes -= record.nbytes
-            self._move(record, State.ABSENT)
-            record.slab = None
-            record.account.counters.bytes_read += nbytes
-            self.outlook.note_missing(unit)
+        record = self.units[unit]
+        self.tally.move(record, State.ABSENT)
+        record.slab = None
+        record.account.counters.bytes_read += nbytes
+        self.outlook.note_missing(unit)
 
     @whole
     def begin_copy(self, unit: int) -> None:
         """STAGED to COPYING: the device is filling the unit's memory."""
-        with self.lock:
-            self._move(self.units[unit], State.COPYING)
+        self.tally.move(self.units[unit], State.COPYING)
 
     @whole
     def arrive(self, unit: int) -> None:
         """STAGED or COPYING to RESIDENT: the unit is bound. Wakes those who wait for it."""
-        with self.lock:
-            record = self.units[unit]
-            self._shrunk_for.clear()
-            self._move(record, State.RESIDENT)
-            self._residents.add(unit)
-            self.outlook.note_present(unit)
-            self._wake(record, None)
+        record = self.units[unit]
+        self._shrunk_for.clear()
+        self.tally.move(record, State.RESIDENT)
+        self.outlook.note_present(unit)
+        self.tally.wake(record, None)
 
     @whole
     def fail(self, unit: int, error: BaseException, nbytes: int = 0) -> None:
         """READING, STAGED or COPYING to FAILED. Those who wait get ``error``; the next who needs it tries again."""
-        with self.lock:
-            record = self.units[unit]
-            if record.state is State.READING:
-                self._reading_bytes -= record.nbytes
-            self._move(record, State.FAILED)
-            record.slab = None
-            record.account.counters.bytes_read += nbytes
-            self._wake(record, error)
+        record = self.units[unit]
+        self.tally.move(record, State.FAILED)
+        record.slab = None
+        record.account.counters.bytes_read += nbytes
+        self.tally.wake(record, error)
 
     @whole
     def shrink_for(self, unit: int) -> bool:
         """The system had no memory for the unit: from now on the budget is what is in use, but never less than one step
         needs: the shortage may pass. True: try once more, when others have left for it.
         """
-        with self.lock:
-            again = unit not in self._shrunk_for
-            self._shrunk_for.add(unit)
-            budget = self.pool.budget
-            self.roster.limit(min(budget.limit_bytes, max(1, self.roster.least_bytes, budget.used_bytes)))
-            return again
+        again = unit not in self._shrunk_for
+        self._shrunk_for.add(unit)
+        budget = self.pool.budget
+        self.roster.limit(min(budget.limit_bytes, max(1, self.roster.least_bytes, budget.used_bytes)))
+        return again
 
     @whole
     def restart(self, unit: int) -> None:
         """A unit on its way whose read was cut short by an interrupt is ABSENT again; those who wait go on waiting."""
         record = self.units[unit]
         if record.state is State.STAGED:
-            self._move(record, State.FAILED)
-            self._move(record, State.ABSENT)
+            self.tally.move(record, State.FAILED)
+            self.tally.move(record, State.ABSENT)
             record.slab = None
             self.outlook.note_missing(unit)
         elif record.state is State.READING:
@@ -359,22 +318,21 @@ class Ledger(Books):
     @whole
     def close(self, reason: BaseException) -> None:
         """No more accesses: they raise ``reason``, and so do all who wait now."""
-        with self.lock:
-            self._closed = self._closed or reason
-            for record in self.units.values():
-                self._wake(record, reason)
+        self._closed = self._closed or reason
+        self._chooser.reads_ahead = False
+        for record in self.units.values():
+            self.tally.wake(record, reason)
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
     def resident_slabs(self) -> Iterator[Slab]:
         """The slabs of all resident units."""
-        return (slab for unit in self._residents if (slab := self.units[unit].slab) is not None)
+        return (slab for unit in self.tally.residents if (slab := self.units[unit].slab) is not None)
 
     @whole
     def leases(self) -> int:
         """All leases of units taken now, stale ones included."""
-        with self.lock:
-            return sum(record.leases for record in self.units.values())
+        return sum(record.leases for record in self.units.values())
 
     def reason(self) -> BaseException:
         """Why there are no more accesses."""
@@ -388,23 +346,10 @@ class Ledger(Books):
     def check_invariants(self) -> None:
         """Raise AssertionError unless states, sums and slabs agree."""
         self.pool.check_invariants()
-        with self.lock:
-            records = self.units.values()
-            assert self._residents == {unit.id for unit in records if unit.state is State.RESIDENT}
-            assert self._reading_bytes == sum(unit.nbytes for unit in records if unit.state is State.READING)
-            ahead = [unit for unit in records if unit.ahead]
-            assert self._ahead == {unit.id for unit in ahead}
-            assert self._ahead_bytes == sum(unit.nbytes for unit in ahead)
-            assert self._failed == sum(unit.state is State.FAILED for unit in records)
-            assert self._idle == sum(unit.state is State.ABSENT for unit in records if unit.on_demand)
-            assert set(self._demanded) == {unit.id for unit in records if unit.waiters}
-            for unit in records:
-                assert unit.leases >= 0
-                assert unit.slab is None or unit.state not in (State.ABSENT, State.FAILED)
-                assert not unit.waiters or unit.state is not State.RESIDENT
+        self.tally.check_invariants()
 
     def __repr__(self) -> str:
-        return f"<Ledger of {len(self.units)} units, {len(self._residents)} resident, {len(self._demanded)} demanded>"
+        return f"<Ledger of {len(self.accounts)} models: {self.tally!r}>"
 
     # -- under the lock ----------------------------------------------------------------------------------------------
 
@@ -422,117 +367,31 @@ class Ledger(Books):
         self.outlook.leave(thread)
 
     def _thread_has_ended(self, thread: ThreadLeases) -> None:
-        self._wants.drop(thread)
+        self.wants.drop(thread)
         self.outlook.forget(thread)
 
-    def _demand(self, record: UnitRecord, waiter: Waiter) -> None:
-        record.waiters += (waiter,)
-        self._demanded[record.id] = record
+    def _has_moved(self, record: UnitRecord) -> None:
+        if self.observer is not None:
+            self.observer.moved(record.id, record.state, record.nbytes)
 
     def _note_access(self, mine: ThreadLeases, record: UnitRecord) -> None:
         record.account.counters.accesses += 1
-        self._wants.met(mine, record.id)
+        self.wants.met(mine, record.id)
         surprise = self.outlook.record(mine, record.id, record.nbytes)
         if surprise is not None:
             record.account.counters.mispredictions += not record.on_demand  # nobody predicts these at first
-            for unit in tuple(self._ahead) if surprise.jumped else surprise.skipped:
-                if unit in self._ahead:
-                    self._clear_ahead(self.units[unit])  # it may never be used
-        self._clear_ahead(record)
-
-    def _most_urgent(self) -> Wish | None:
-        for record in self._demanded.values():
-            if record.state is State.FAILED:
-                self._move(record, State.ABSENT)
-                self.outlook.note_missing(record.id)
-            if record.state is State.ABSENT:
-                return Wish(record.id, record.nbytes, 0, True)
-        if self._closed is not None or all(account.window.depth == 0 for account in self.accounts):
-            return None
-        wanted = self._wants.first_missing(self.units) if self._wants else None
-        if wanted is not None:
-            return Wish(wanted.id, wanted.nbytes, 0, False)
-        found = self.outlook.first_missing(self._is_missing)
-        if found is None:
-            return None
-        record = self.units[found[0]]
-        if not self._may_fetch_ahead(record):
-            return None
-        return Wish(record.id, record.nbytes, found[1], False)
-
-    def _may_fetch_ahead(self, record: UnitRecord) -> bool:
-        """Whether the window is open, or there is empty room: only where something is driven out has haste a price."""
-        account = record.account
-        if account.window.is_open(len(self._ahead), self._ahead_bytes, record.nbytes):
-            return True
-        return account.depth is None and record.nbytes <= self.pool.room_bytes()
-
-    def _is_missing(self, unit: int) -> bool:
-        """Whether the unit is worth fetching ahead."""
-        record = self.units[unit]
-        return record.state is State.ABSENT and record.account.window.depth != 0
-
-    def _decide(self, wish: Wish | None) -> Decision | None:
-        return decide(
-            wish,
-            room_bytes=self.pool.room_bytes(),
-            reading_bytes=self._reading_bytes,
-            leaving_bytes=self.pool.leaving_bytes(),
-            best_to_leave=self._candidates,
-        )
-
-    def _candidates(self, beyond: float) -> Iterator[Candidate]:
-        def evictable(unit: int) -> bool:
-            record = self.units.get(unit)
-            if record is None or record.state is not State.RESIDENT or record.leases or record.stays:
-                return False
-            if self._leases.lingers(record):
-                return False
-            if unit in self._wants:
-                return False
-            if self._may_be_held(record) and record.account.is_held(record.place):
-                return False
-            record.stays = record.account.was_written(record.place)
-            return not record.stays
-
-        for unit, distance in self.outlook.best_to_leave(evictable, self._residents, beyond):
-            yield Candidate(unit, self.units[unit].nbytes, distance)
-
-    def _may_be_held(self, record: UnitRecord) -> bool:
-        """Whether it is worth asking: to ask for all that a graph of autograd holds would take longer than reading."""
-        return record.on_demand or record.handed_out or self._leases.is_last(record)
+            for unit in tuple(self.tally.ahead) if surprise.jumped else surprise.skipped:
+                if unit in self.tally.ahead:
+                    self.tally.not_ahead(self.units[unit])  # it may never be used
+        self.tally.not_ahead(record)
 
     def _evict(self, record: UnitRecord) -> None:
-        self._move(record, State.ABSENT)
-        self._residents.remove(record.id)
-        self._clear_ahead(record)
+        self.tally.move(record, State.ABSENT)
         record.account.counters.evictions += 1
         if record.slab is not None:
             self.pool.mark_leaving(record.slab, record.name)
             record.slab = None
         self.outlook.note_eviction(record.id)
-
-    def _move(self, record: UnitRecord, state: State) -> None:
-        check_move(record.name, record.state, state)
-        self._failed += (state is State.FAILED) - (record.state is State.FAILED)
-        self._idle += record.on_demand * ((state is State.ABSENT) - (record.state is State.ABSENT))
-        record.state = state
-        if self.observer is not None:
-            self.observer.moved(record.id, state, record.nbytes)
-        if state in (State.ABSENT, State.FAILED):
-            self._clear_ahead(record)
-
-    def _clear_ahead(self, record: UnitRecord) -> None:
-        if record.ahead:
-            record.ahead = False
-            self._ahead.discard(record.id)
-            self._ahead_bytes -= record.nbytes
-
-    def _wake(self, record: UnitRecord, error: BaseException | None) -> None:
-        for waiter in record.waiters:
-            waiter.finish(error)
-        record.waiters = ()
-        self._demanded.pop(record.id, None)
 
     # -- after a fork ------------------------------------------------------------------------------------------------
 
@@ -549,6 +408,7 @@ class Ledger(Books):
     def close_forked(self) -> None:
         """In the child: no more accesses. Wakes nobody: those who wait are in the parent."""
         self._closed = self._closed or was_forked()
+        self._chooser.reads_ahead = False
 
     # -- after an interrupt ------------------------------------------------------------------------------------------
 
@@ -556,25 +416,16 @@ class Ledger(Books):
         """From the states, slabs and waiters of the units and the leases of the threads. Predictions begin anew."""
         records = self.units.values()
         self._leases.recount(records)
-        self._ahead.clear()
         for record in records:
-            record.ahead = False
             if record.slab is not None and record.state in (State.ABSENT, State.FAILED):
                 self.pool.mark_leaving(record.slab, record.name)
                 record.slab = None
-            if record.waiters and record.state is State.RESIDENT:
-                self._wake(record, None)
-        self._ahead_bytes = 0
-        self._residents = {unit.id for unit in records if unit.state is State.RESIDENT}
-        self._demanded = {unit.id: unit for unit in records if unit.waiters}
-        self._reading_bytes = sum(unit.nbytes for unit in records if unit.state is State.READING)
-        self._failed = sum(unit.state is State.FAILED for unit in records)
-        self._idle = sum(unit.state is State.ABSENT for unit in records if unit.on_demand)
-        self._wants.drop_all()
+        self.tally.recount()
+        self.wants.drop_all()
         self.roster.begin_anew()
         for thread in self._leases.inside():
             self.outlook.enter(thread)
-        for unit in self._residents:
+        for unit in self.tally.residents:
             self.outlook.note_present(unit)
 
     # -- what passes have shown --------------------------------------------------------------------------------------
@@ -582,6 +433,5 @@ class Ledger(Books):
     @whole
     def recent_pass(self, account: Account) -> tuple[int, ...]:
         """The places of a model's units in the order in which they are expected from now on, once around."""
-        with self.lock:
-            records = (self.units.get(unit) for unit in self.outlook.recent_pass())
-            return tuple(record.place for record in records if record is not None and record.account is account)
+        records = (self.units.get(unit) for unit in self.outlook.recent_pass())
+        return tuple(record.place for record in records if record is not None and record.account is account)

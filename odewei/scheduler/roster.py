@@ -25,8 +25,8 @@ class Roster:
         self.accounts: list[Account] = []
         self.units: dict[int, UnitRecord] = {}
         self.auto = auto
-        self._pool = pool
-        self._outlook = outlook
+        self.pool = pool
+        self.outlook = outlook
         self._ids = itertools.count()
 
     def add(self, account: Account, units: Sequence[tuple[str, UnitReader]]) -> None:
@@ -39,7 +39,7 @@ class Roster:
             self.units[record.id] = record
             account.units.append(record)
             if on_demand:
-                self._outlook.expect_at_random(record.id)
+                self.outlook.expect_at_random(record.id)
         self.accounts.append(account)
         self._set_windows()
         self.seed(account, range(len(units))[: account.ahead])
@@ -64,7 +64,7 @@ class Roster:
         """Have an "auto" budget follow what is available, now and then."""
         if self.auto is None:
             return
-        budget = self._pool.budget
+        budget = self.pool.budget
         limit = self.auto.changed(
             budget.limit_bytes,
             budget.used_bytes,
@@ -82,23 +82,23 @@ class Roster:
 
     def limit(self, nbytes: int) -> None:
         """Another budget."""
-        self._pool.set_limit(nbytes)
+        self.pool.set_limit(nbytes)
         self._set_windows()
 
     def begin_anew(self) -> None:
         """Have the outlook know nothing but what is expected of these models."""
-        self._outlook.begin_anew()
+        self.outlook.begin_anew()
         for record in self.units.values():
             if record.on_demand:
-                self._outlook.expect_at_random(record.id)
+                self.outlook.expect_at_random(record.id)
         self._set_windows()
         self._expect()
 
     def _expect(self) -> None:
-        self._outlook.seed([unit for account in self.accounts for unit in account.order])
+        self.outlook.seed([unit for account in self.accounts for unit in account.order])
 
     def _set_windows(self) -> None:
-        limit = self._pool.budget.limit_bytes
+        limit = self.pool.budget.limit_bytes
         largest = max((record.nbytes for record in self.units.values() if not record.on_demand), default=0)
         for account in self.accounts:
             account.window = window_for(account.depth, limit, largest)
@@ -106,9 +106,9 @@ class Roster:
 
     def space_out(self, largest_bytes: int) -> None:
         """What is used now and what is ahead has to move; the rest may stay. Without a window only bytes count."""
-        limit = self._pool.budget.limit_bytes
+        limit = self.pool.budget.limit_bytes
         moving = max((account.window.most_bytes(largest_bytes) for account in self.accounts), default=0)
-        self._outlook.keep(max(0, limit - moving - largest_bytes) if moving else 0)
+        self.outlook.keep(max(0, limit - moving - largest_bytes) if moving else 0)
 
     def __repr__(self) -> str:
         return f"<Roster of {len(self.accounts)} models, {len(self.units)} units>"

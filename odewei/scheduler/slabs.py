@@ -126,16 +126,14 @@ class SlabPool(Books):
     @whole
     def room_bytes(self) -> int:
         """What ``acquire`` can deliver without going beyond the budget: unreserved bytes and those of free slabs."""
-        with self.lock:
-            self._drain()
-            return self.budget.free_bytes + self._unneeded_bytes()
+        self._drain()
+        return self.budget.free_bytes + self._unneeded_bytes()
 
     @whole
     def leaving_bytes(self) -> int:
         """Bytes of evicted units that somebody still holds on to."""
-        with self.lock:
-            self._drain()
-            return sum(slab.nbytes for slab in self._leaving)
+        self._drain()
+        return sum(slab.nbytes for slab in self._leaving)
 
     @whole
     def acquire(self, owner: str, nbytes: int, *, beyond_limit: bool = False) -> Slab | None:
@@ -143,28 +141,27 @@ class SlabPool(Books):
 
         Raises OSError, or torch.OutOfMemoryError for a device, if the system has no memory for it.
         """
-        with self.lock:
-            self._drain()
-            slab = self._take_free(nbytes)
-            if slab is None:
-                if nbytes > self.budget.free_bytes + self._unneeded_bytes() and not beyond_limit:
-                    return None
-                slab = self._resized(owner, nbytes)
-            if slab is None:
-                if nbytes > self.budget.free_bytes + self._unneeded_bytes():
-                    self._find_lost(self._in_use)
-                    self._drain()
-                self._unmap_free(nbytes)
-                reservation = self.budget.reserve(owner, nbytes, beyond_limit=beyond_limit)
-                try:
-                    slab = self._new(nbytes, reservation)
-                except BaseException:
-                    self.budget.release(reservation)
-                    raise
-            slab.about_to_fill()
-            slab.begin_use(owner)
-            self._in_use.add(slab)
-            return slab
+        self._drain()
+        slab = self._take_free(nbytes)
+        if slab is None:
+            if nbytes > self.budget.free_bytes + self._unneeded_bytes() and not beyond_limit:
+                return None
+            slab = self._resized(owner, nbytes)
+        if slab is None:
+            if nbytes > self.budget.free_bytes + self._unneeded_bytes():
+                self._find_lost(self._in_use)
+                self._drain()
+            self._unmap_free(nbytes)
+            reservation = self.budget.reserve(owner, nbytes, beyond_limit=beyond_limit)
+            try:
+                slab = self._new(nbytes, reservation)
+            except BaseException:
+                self.budget.release(reservation)
+                raise
+        slab.about_to_fill()
+        slab.begin_use(owner)
+        self._in_use.add(slab)
+        return slab
 
     @whole
     def lend(self, slab: Slab) -> Bytes:
@@ -178,8 +175,7 @@ class SlabPool(Books):
     def release(self, slab: Slab) -> None:
         """Give back a slab that was never lent (reading into it failed)."""
         self._returned.append((slab, slab.uses))
-        with self.lock:
-            self._drain()
+        self._drain()
 
     @whole
     def reclaim(self, owners: Container[str]) -> None:
@@ -194,59 +190,52 @@ class SlabPool(Books):
     @whole
     def mark_leaving(self, slab: Slab, owner: str) -> None:
         """The unit in ``slab`` was evicted: its bytes come back as soon as nobody holds them, or are back already."""
-        with self.lock:
-            self._drain()
-            if slab in self._in_use and slab.reservation.owner == owner:
-                self._leaving.add(slab)
+        self._drain()
+        if slab in self._in_use and slab.reservation.owner == owner:
+            self._leaving.add(slab)
 
     @whole
     def stop_expecting_leaving(self) -> None:
         """Those who hold memory of evicted units keep it (views that escaped): it counts as used until it is back."""
-        with self.lock:
-            self._find_lost(self._leaving)
-            self._drain()
-            self.escapes += len(self._leaving)
-            self._leaving.clear()
+        self._find_lost(self._leaving)
+        self._drain()
+        self.escapes += len(self._leaving)
+        self._leaving.clear()
 
     @whole
     def keep_spare(self, name: str, thing: object, nbytes: int) -> bool:
         """Keep something of ``nbytes`` bytes under ``name`` until the room is needed. False if there is no room now."""
-        with self.lock:
-            self._drain()
-            if name in self._spare or nbytes > self.budget.free_bytes:
-                return False
-            self._spare[name] = (thing, self.budget.reserve(name, nbytes))
-            self._spare_bytes += nbytes
-            return True
+        self._drain()
+        if name in self._spare or nbytes > self.budget.free_bytes:
+            return False
+        self._spare[name] = (thing, self.budget.reserve(name, nbytes))
+        self._spare_bytes += nbytes
+        return True
 
     @whole
     def take_spare(self, name: str) -> object | None:
         """What was kept under ``name``, no longer counted; None if it is gone."""
-        with self.lock:
-            return self._drop_spare(name) if name in self._spare else None
+        return self._drop_spare(name) if name in self._spare else None
 
     @whole
     def set_limit(self, limit_bytes: int) -> None:
         """Change the budget, and unmap free slabs that a smaller one has no room for."""
-        with self.lock:
-            self.budget.set_limit(limit_bytes)
-            self._drain()
-            self._unmap_free(0)
+        self.budget.set_limit(limit_bytes)
+        self._drain()
+        self._unmap_free(0)
 
     @whole
     def reopen(self) -> None:
         """Use the pool again after ``close``."""
-        with self.lock:
-            self._closed = False
+        self._closed = False
 
     @whole
     def close(self) -> None:
         """Unmap every free slab; those in use follow when their last tensor dies."""
-        with self.lock:
-            self._closed = True
-            self._find_lost(self._in_use)
-            self._drain()
-            self._unmap_free(None)
+        self._closed = True
+        self._find_lost(self._in_use)
+        self._drain()
+        self._unmap_free(None)
 
     def is_held_by_caller(self) -> bool:
         """Whether this thread is inside a method of the pool."""
@@ -263,16 +252,15 @@ class SlabPool(Books):
     @whole
     def check_invariants(self) -> None:
         """Raise AssertionError unless every reserved byte is that of exactly one slab or other reservation."""
-        with self.lock:
-            self._drain()
-            self.budget.check_invariants()
-            free = [slab for slabs in self._free.values() for slab in slabs]
-            assert sum(slab.nbytes for slab in free) == self._free_bytes
-            assert not self._in_use.intersection(free), "a slab is free and in use"
-            assert self._leaving <= self._in_use
-            assert self._spare_bytes == sum(reservation.nbytes for _, reservation in self._spare.values())
-            in_use = sum(slab.nbytes for slab in self._in_use)
-            assert in_use + self._unneeded_bytes() == self.budget.used_bytes, "a reserved byte has no owner"
+        self._drain()
+        self.budget.check_invariants()
+        free = [slab for slabs in self._free.values() for slab in slabs]
+        assert sum(slab.nbytes for slab in free) == self._free_bytes
+        assert not self._in_use.intersection(free), "a slab is free and in use"
+        assert self._leaving <= self._in_use
+        assert self._spare_bytes == sum(reservation.nbytes for _, reservation in self._spare.values())
+        in_use = sum(slab.nbytes for slab in self._in_use)
+        assert in_use + self._unneeded_bytes() == self.budget.used_bytes, "a reserved byte has no owner"
 
     def _give_back(self, slab: Slab, use: int) -> None:
         """Finalizer of a lent view: any thread, any moment; it waits for no lock."""

@@ -136,7 +136,7 @@ class LedgerMachine(RuleBasedStateMachine):
         }
         assert {unit for unit, _ in self.leases} <= setup.client.bound.keys()
         assert self.written <= setup.client.bound.keys(), "a unit that was written to has left"
-        assert not setup.ledger._demanded
+        assert not setup.ledger.tally.demanded
         for unit in setup.client.bound:
             setup.client.weight(unit)
         for unit, tensor in self.kept:

@@ -47,7 +47,7 @@ def used_bytes(trace: Sequence[int], sizes: Sequence[int], budget: int, depth: i
     outcomes = simulation.run([[(unit, 1.0) for unit in trace]] * rounds)
     assert simulation.pool.budget.peak_bytes <= budget
     simulation.ledger.check_invariants()
-    return sum(one.bytes_read for one in outcomes) - simulation.ledger._ahead_bytes
+    return sum(one.bytes_read for one in outcomes) - simulation.ledger.tally.ahead_bytes
 
 
 TRACES = st.lists(st.integers(0, 5), min_size=1, max_size=14)

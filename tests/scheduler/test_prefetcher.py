@@ -142,7 +142,7 @@ def test_closing_wakes_forwards_that_wait() -> None:
     setup.driver.start()
     wait_started(setup, 0, 1)
     forwards = [Forward(lambda unit=unit: setup.visit(unit)) for unit in (0, 1, 3)]
-    while len(setup.ledger._demanded) < 3:
+    while len(setup.ledger.tally.demanded) < 3:
         assert all(forward._thread.is_alive() for forward in forwards)
     closing = Forward(setup.driver.close)
     errors = [forward.join() for forward in forwards]  # while the reads still hang
@@ -189,7 +189,7 @@ def test_the_death_of_the_thread_wakes_everybody(kind: type[BaseException], deat
     setup.client.fault = lambda unit: kind("a bug")
     setup.driver.start()
     forwards = [Forward(lambda unit=unit: setup.visit(unit)) for unit in (0, 2)]
-    while len(setup.ledger._demanded) < 2:
+    while len(setup.ledger.tally.demanded) < 2:
         assert all(forward._thread.is_alive() for forward in forwards)
     let_go(setup, 0)
     for forward in forwards:

@@ -104,7 +104,7 @@ def test_wanted_units_are_read_before_anybody_waits(setup: Setup) -> None:
     for unit in (5, 4, 3):
         setup.visit(unit)
     assert setup.account.counters.stalls == 0
-    assert not setup.ledger._wants
+    assert not setup.ledger.wants
     setup.check()
 
 
@@ -126,7 +126,7 @@ def test_the_driver_is_needed_while_something_is_wanted(setup: Setup) -> None:
     """Also when all that is expected is there."""
     for record in setup.account.units[3:]:
         record.on_demand = True
-    setup.ledger._idle = 3
+    setup.ledger.tally.idle = 3
     setup.run_pass([0, 1, 2])
     assert not setup.ledger.needs_driver()
     setup.driver.want([4])
@@ -153,7 +153,7 @@ def test_nothing_is_wanted_after_the_pass(setup: Setup) -> None:
     setup.ledger.enter_pass(setup.account, running_frame())
     setup.driver.want([5])
     setup.ledger.leave_pass(setup.account)
-    assert not setup.ledger._wants
+    assert not setup.ledger.wants
 
 
 def test_what_is_held_does_not_leave(setup: Setup) -> None:
@@ -161,7 +161,7 @@ def test_what_is_held_does_not_leave(setup: Setup) -> None:
     setup.account.window = Window(0, 0)
     for record in setup.account.units[2:]:
         record.on_demand = True
-    setup.ledger._idle = 4
+    setup.ledger.tally.idle = 4
     held = {3}
     setup.account.is_held = held.__contains__
     for unit in (3, 2, 1, 0, 2, 4, 5, 1):
