@@ -19,7 +19,7 @@ from odewei.errors import CheckpointError, CheckpointNotFoundError, OptionsError
 from odewei.loaders.checkpoint_index import read_index
 from odewei.loaders.remote_path import is_url
 from odewei.loaders.safetensors_file import read_header
-from odewei.scheduler.slabs import PAGE
+from odewei.scheduler.host_memory import PAGE
 
 __all__ = ["align"]
 

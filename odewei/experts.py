@@ -27,7 +27,8 @@ from torch import nn
 
 from odewei.loaders.base import WeightInfo
 from odewei.loaders.gathering import cut_places, lies_in_places
-from odewei.scheduler.slabs import ALIGNMENT, PAGE
+from odewei.scheduler.host_memory import PAGE
+from odewei.scheduler.slab import ALIGNMENT
 from odewei.survey import Kind, Modules, Weight
 from odewei.units import Unit, ancestry
 

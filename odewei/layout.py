@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from odewei.experts import ExpertPlan, find_experts, largest_expert_bytes, listed_experts, slack_bytes
 from odewei.loaders.base import WeightInfo
 from odewei.options import Granularity
-from odewei.scheduler.slabs import PAGE
+from odewei.scheduler.host_memory import PAGE
 from odewei.stock import Stock
 from odewei.survey import Modules, Weight
 from odewei.tables import find_tables

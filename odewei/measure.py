@@ -18,8 +18,10 @@ from torch.nn import functional
 
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.budget import Budget
+from odewei.scheduler.host_memory import PAGE, Bytes, round_up
 from odewei.scheduler.reader import FileTable
-from odewei.scheduler.slabs import PAGE, Bytes, Slab, SlabPool, round_up
+from odewei.scheduler.slab import Slab
+from odewei.scheduler.slabs import SlabPool
 
 __all__ = ["DiskSample", "product_seconds", "sample_disk"]
 

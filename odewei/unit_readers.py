@@ -14,9 +14,11 @@ from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.loaders.remote_file import RemoteFile
 from odewei.scheduler.callable_unit import CallableUnit, Expected
-from odewei.scheduler.read_plan import Placement, ReadSettings, Wanted, size_without_plan
+from odewei.scheduler.host_memory import PAGE, Bytes, round_up
+from odewei.scheduler.read_plan import size_without_plan
 from odewei.scheduler.reader import Job, PlannedUnit, UnitReader
-from odewei.scheduler.slabs import PAGE, Bytes, SlabPool, round_up
+from odewei.scheduler.reads import Placement, ReadSettings, Wanted
+from odewei.scheduler.slabs import SlabPool
 from odewei.stock import Stock
 from odewei.survey import Weight
 from odewei.units import Unit

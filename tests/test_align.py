@@ -17,7 +17,7 @@ from odewei.align import align
 from odewei.errors import OptionsError
 from odewei.loaders.safetensors_file import read_header
 from odewei.runtime import runtime_of
-from odewei.scheduler.read_plan import PlacedRead
+from odewei.scheduler.reads import PlacedRead
 from tests import models
 
 WEIGHTS = {"one.weight": torch.randn(512, 640), "one.bias": torch.randn(512), "two": torch.randn(640, 512)}

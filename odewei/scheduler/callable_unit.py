@@ -14,9 +14,11 @@ import torch
 
 from odewei.errors import WeightMismatchError
 from odewei.loaders.base import CheckpointFile
-from odewei.scheduler.read_plan import Placement
+from odewei.scheduler.host_memory import Bytes, round_up
 from odewei.scheduler.reader import FileTable, Job, Resized, tensors_over
-from odewei.scheduler.slabs import ALIGNMENT, Bytes, SlabPool, round_up, slab_bytes
+from odewei.scheduler.reads import Placement
+from odewei.scheduler.slab import ALIGNMENT, slab_bytes
+from odewei.scheduler.slabs import SlabPool
 
 __all__ = ["CallableUnit", "Expected"]
 

@@ -34,7 +34,7 @@ from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.prefetcher import PrefetchingDriver
 from odewei.scheduler.reader import Resized
 from odewei.scheduler.records import Account, UnitRecord, Waiter
-from odewei.scheduler.slabs import Slab
+from odewei.scheduler.slab import Slab
 
 __all__ = ["CopyingDriver", "SynchronousCopyingDriver"]
 

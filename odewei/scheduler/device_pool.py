@@ -13,7 +13,8 @@ import torch
 
 from odewei.scheduler.accelerator import Accelerator, Copy
 from odewei.scheduler.budget import Budget, Reservation
-from odewei.scheduler.slabs import Slab, SlabPool
+from odewei.scheduler.slab import Slab
+from odewei.scheduler.slabs import SlabPool
 
 __all__ = ["DevicePool", "DeviceSlab"]
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from odewei.scheduler.read_plan import Placement
+from odewei.scheduler.host_memory import Bytes, round_up
 from odewei.scheduler.reader import Job, Resized, UnitReader
+from odewei.scheduler.reads import Placement
 from odewei.scheduler.records import UnitRecord
-from odewei.scheduler.slabs import ALIGNMENT, Bytes, round_up
+from odewei.scheduler.slab import ALIGNMENT
 
 __all__ = ["DeviceUnit", "HostUnit", "Shelf"]
 

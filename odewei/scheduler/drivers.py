@@ -19,12 +19,13 @@ import torch
 from odewei.errors import ClosedError, ModelError, OdeweiError, WeightReadError
 from odewei.scheduler.budget import format_nbytes
 from odewei.scheduler.forks import is_held_by_nobody_here, watch
+from odewei.scheduler.host_memory import Bytes
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.observer import torch_range
 from odewei.scheduler.plan import Decision
 from odewei.scheduler.reader import FileTable, Job, Resized, UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
-from odewei.scheduler.slabs import Bytes, Slab
+from odewei.scheduler.slab import Slab
 from odewei.scheduler.states import State
 
 __all__ = ["Driver", "SynchronousDriver", "was_closed"]

@@ -25,7 +25,7 @@ from odewei.errors import WeightReadError
 from odewei.loaders.base import CheckpointFile
 from odewei.loaders.remote_file import RemoteFile
 from odewei.scheduler.forks import watch
-from odewei.scheduler.slabs import Bytes
+from odewei.scheduler.host_memory import Bytes
 
 __all__ = ["FileTable", "OpenFile", "cannot_read", "open_direct"]
 

@@ -6,7 +6,7 @@ Knows spans and offsets; what is read how is ``read_plan``'s to say.
 from __future__ import annotations
 
 from odewei.loaders.base import Span, WeightInfo
-from odewei.scheduler.slabs import PAGE, round_up
+from odewei.scheduler.host_memory import PAGE, round_up
 
 __all__ = ["cut_at_pages", "runs_in_files"]
 

@@ -21,7 +21,8 @@ from odewei.scheduler.plan import Decision
 from odewei.scheduler.reader import UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.roster import Roster
-from odewei.scheduler.slabs import Slab, SlabPool
+from odewei.scheduler.slab import Slab
+from odewei.scheduler.slabs import SlabPool
 from odewei.scheduler.states import State
 from odewei.scheduler.tally import Tally
 from odewei.scheduler.wants import Wants

@@ -32,7 +32,7 @@ from odewei.scheduler.machine import SECONDS_BETWEEN_LOOKS
 from odewei.scheduler.read_queue import Batch, ReadQueue
 from odewei.scheduler.reader import FileTable
 from odewei.scheduler.records import Account, UnitRecord, Waiter
-from odewei.scheduler.slabs import Slab
+from odewei.scheduler.slab import Slab
 
 __all__ = ["PrefetchingDriver"]
 

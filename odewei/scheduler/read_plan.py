@@ -1,6 +1,6 @@
 """Where each byte of a unit is read from and put. Pure: no files are opened, no memory is touched.
 
-Every tensor lands at a multiple of 64 bytes (see ``slabs.ALIGNMENT``). Files place their tensors at multiples of 8 or
+Every tensor lands at a multiple of 64 bytes (see ``slab.ALIGNMENT``). Files place their tensors at multiples of 8 or
 less, so there are two ways for a direct read, which must begin and end at pages of the file and of memory:
 
 - *in place*: large stretches whose tensors all lie at the same distance from multiples of 64 in the file are read
@@ -25,138 +25,19 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
 
-import torch
-
-from odewei.loaders.base import CheckpointFile, Span, WeightInfo
+from odewei.loaders.base import Span
 from odewei.scheduler.gather_plan import cut_at_pages, runs_in_files
-from odewei.scheduler.slabs import ALIGNMENT, PAGE, round_up, slab_bytes
+from odewei.scheduler.host_memory import PAGE, round_up
+from odewei.scheduler.reads import Cast, CopiedRead, LoaderRead, Part, PlacedRead, Placement, Read, ReadSettings, Wanted
+from odewei.scheduler.slab import ALIGNMENT, slab_bytes
 
-__all__ = [
-    "Cast",
-    "CopiedRead",
-    "LoaderRead",
-    "Part",
-    "PlacedRead",
-    "Placement",
-    "ReadSettings",
-    "UnitReadPlan",
-    "Wanted",
-    "size_without_plan",
-]
+__all__ = ["UnitReadPlan", "size_without_plan"]
 
 _IN_PLACE_FROM = 1 << 20  # shorter stretches are not worth their page of slack at either end
 _LARGEST_GAP = PAGE  # read over a gap this small rather than starting anew
 _PLACED_FROM = 1 << 16  # shorter stretches of a gathered weight are copied, many of them with one read
 
 _Item = TypeVar("_Item", "tuple[Wanted, Span]", "tuple[Wanted, Span, int]")
-
-
-@dataclass(frozen=True, slots=True)
-class ReadSettings:
-    """``direct``: past the page cache. ``chunk_bytes``: what one reader does at a time. ``scratch_bytes``: per
-    reader.
-    """
-
-    direct: bool
-    chunk_bytes: int = 32 << 20
-    scratch_bytes: int = 1 << 20
-
-    def __post_init__(self) -> None:
-        assert self.chunk_bytes % PAGE == 0
-        assert self.scratch_bytes >= 2 * PAGE, "an element that is cast may lie across the end of a page"
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A weight to be read, under the model's name for it, and the dtype it is wanted in."""
-
-    name: str
-    info: WeightInfo
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the wanted dtype."""
-        return self.info.nbytes // self.info.dtype.itemsize * self.dtype.itemsize
-
-    @property
-    def casts(self) -> bool:
-        return self.dtype != self.info.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a tensor lies in its slab. ``stride`` None: contiguous."""
-
-    name: str
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Cast:
-    source: torch.dtype
-    target: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """``nbytes`` bytes at ``scratch_offset`` go to ``slab_offset``, cast or as they are."""
-
-    scratch_offset: int
-    nbytes: int
-    slab_offset: int
-    cast: Cast | None
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedRead:
-    """Read ``nbytes`` bytes at ``offset`` of the file straight into the slab; at least ``needed`` must come.
-
-    With a ``shift``, one more page is read (into the scratch), and everything moves down by so many bytes: what lands
-    in the slab is the file from ``offset + shift`` on. Neighbouring reads do not touch each other's bytes.
-    """
-
-    file: CheckpointFile
-    offset: int
-    nbytes: int
-    needed: int
-    slab_offset: int
-    shift: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class CopiedRead:
-    """Read ``nbytes`` bytes at ``offset`` of the file into a scratch buffer, then copy the parts; ``needed`` must
-    come.
-    """
-
-    file: CheckpointFile
-    offset: int
-    nbytes: int
-    needed: int
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LoaderRead:
-    """Let the loader deliver a weight that is in no file as it is; via ``staging_offset`` in the slab when it is
-    cast.
-    """
-
-    info: WeightInfo
-    slab_offset: int
-    staging_offset: int | None
-    cast: Cast | None
-
-    @property
-    def nbytes(self) -> int:
-        return self.info.nbytes
-
-
-Read = PlacedRead | CopiedRead | LoaderRead
 
 
 @dataclass(frozen=True, slots=True)

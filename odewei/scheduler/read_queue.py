@@ -10,8 +10,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from odewei.scheduler.host_memory import Bytes
 from odewei.scheduler.reader import FileTable, Job
-from odewei.scheduler.slabs import Bytes
 
 __all__ = ["Batch", "ReadQueue"]
 

@@ -15,19 +15,9 @@ import torch
 from odewei.errors import OdeweiError, WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightsLoader
 from odewei.scheduler.file_table import FileTable, cannot_read, open_direct
-from odewei.scheduler.read_plan import (
-    Cast,
-    CopiedRead,
-    LoaderRead,
-    PlacedRead,
-    Placement,
-    Read,
-    ReadSettings,
-    UnitReadPlan,
-    Wanted,
-    size_without_plan,
-)
-from odewei.scheduler.slabs import PAGE, Bytes
+from odewei.scheduler.host_memory import PAGE, Bytes
+from odewei.scheduler.read_plan import UnitReadPlan, size_without_plan
+from odewei.scheduler.reads import Cast, CopiedRead, LoaderRead, PlacedRead, Placement, Read, ReadSettings, Wanted
 
 __all__ = [
     "FileTable",

@@ -17,7 +17,7 @@ import torch
 from odewei.scheduler.forks import watch
 from odewei.scheduler.plan import Window
 from odewei.scheduler.reader import FileTable, UnitReader
-from odewei.scheduler.slabs import Slab
+from odewei.scheduler.slab import Slab
 from odewei.scheduler.states import State
 
 __all__ = ["Account", "BusyTime", "Counters", "UnitClient", "UnitRecord", "Waiter"]

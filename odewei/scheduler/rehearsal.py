@@ -17,11 +17,13 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from odewei.scheduler.budget import Budget
+from odewei.scheduler.host_memory import Bytes
 from odewei.scheduler.ledger import Ledger
-from odewei.scheduler.read_plan import Placement
 from odewei.scheduler.reader import FileTable, Job
+from odewei.scheduler.reads import Placement
 from odewei.scheduler.records import Account, Waiter
-from odewei.scheduler.slabs import Bytes, Slab, SlabPool
+from odewei.scheduler.slab import Slab
+from odewei.scheduler.slabs import SlabPool
 
 __all__ = ["Enter", "Leave", "Rehearsal", "RehearsedPass", "RehearsedUnit", "Step"]
 

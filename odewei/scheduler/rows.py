@@ -26,9 +26,11 @@ from odewei.errors import ClosedError, OdeweiError
 from odewei.loaders.base import Span
 from odewei.loaders.remote_file import RemoteFile
 from odewei.scheduler.file_table import FileTable, OpenFile
+from odewei.scheduler.host_memory import Bytes
 from odewei.scheduler.observer import Observer
 from odewei.scheduler.row_slots import Ids, RowSlots
-from odewei.scheduler.slabs import Bytes, Slab, SlabPool, slab_bytes
+from odewei.scheduler.slab import Slab, slab_bytes
+from odewei.scheduler.slabs import SlabPool
 
 __all__ = ["RowCounters", "RowTable", "TablePlace", "runs_of"]
 

@@ -13,13 +13,14 @@ import torch
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.budget import Budget
 from odewei.scheduler.drivers import Driver, SynchronousDriver
+from odewei.scheduler.host_memory import Bytes
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.plan import Window
 from odewei.scheduler.prefetcher import PrefetchingDriver
-from odewei.scheduler.read_plan import Placement
 from odewei.scheduler.reader import FileTable, Job, Resized, tensors_over
+from odewei.scheduler.reads import Placement
 from odewei.scheduler.records import Account
-from odewei.scheduler.slabs import Bytes, SlabPool
+from odewei.scheduler.slabs import SlabPool
 from odewei.scheduler.states import State
 
 PATIENCE = 20.0  # seconds; only a failing test waits this long

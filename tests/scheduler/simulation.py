@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from itertools import count, islice, pairwise
 
 from odewei.scheduler.budget import Budget
+from odewei.scheduler.host_memory import Bytes
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.plan import Window
 from odewei.scheduler.reader import FileTable
 from odewei.scheduler.records import Account, Waiter
-from odewei.scheduler.slabs import Bytes, Slab, SlabPool
+from odewei.scheduler.slab import Slab
+from odewei.scheduler.slabs import SlabPool
 
 from .fakes import FakeClient, FakeUnit
 

@@ -12,8 +12,8 @@ import torch
 from odewei.errors import ClosedError, ModelError, WeightReadError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
 from odewei.scheduler.prefetcher import PrefetchingDriver
-from odewei.scheduler.read_plan import ReadSettings, Wanted
 from odewei.scheduler.reader import FileTable, PlannedUnit
+from odewei.scheduler.reads import ReadSettings, Wanted
 
 from .fakes import PATIENCE, Forward, Setup, running_frame, started
 

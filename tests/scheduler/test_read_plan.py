@@ -17,9 +17,12 @@ from odewei.loaders.tensors import contiguous_stride
 from odewei.scheduler import gather_plan
 from odewei.scheduler import read_plan as module
 from odewei.scheduler.budget import Budget
-from odewei.scheduler.read_plan import CopiedRead, LoaderRead, PlacedRead, ReadSettings, UnitReadPlan, Wanted
+from odewei.scheduler.host_memory import PAGE
+from odewei.scheduler.read_plan import UnitReadPlan
 from odewei.scheduler.reader import FileTable, PlannedUnit
-from odewei.scheduler.slabs import ALIGNMENT, PAGE, SlabPool
+from odewei.scheduler.reads import CopiedRead, LoaderRead, PlacedRead, ReadSettings, Wanted
+from odewei.scheduler.slab import ALIGNMENT
+from odewei.scheduler.slabs import SlabPool
 from tests.recipes import made_by_torch, recipes
 
 CHUNK = SCRATCH = 8192

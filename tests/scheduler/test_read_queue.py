@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from odewei.loaders.base import CheckpointFile
+from odewei.scheduler.host_memory import Bytes
 from odewei.scheduler.read_queue import Batch, ReadQueue
 from odewei.scheduler.reader import FileTable, Job
-from odewei.scheduler.slabs import Bytes
 
 FILES = FileTable(direct=False, scratch_bytes=4096)
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from odewei.errors import MissingWeightError, WeightReadError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightsLoader
 from odewei.scheduler import read_plan
-from odewei.scheduler.read_plan import Placement, ReadSettings, Wanted
+from odewei.scheduler.host_memory import PAGE, Bytes
 from odewei.scheduler.reader import FileTable, PlannedUnit, open_direct, tensors_over
-from odewei.scheduler.slabs import PAGE, Bytes
+from odewei.scheduler.reads import Placement, ReadSettings, Wanted
 
 NBYTES = 3 * PAGE + 1000
 Preadv = Callable[[int, Sequence[memoryview], int], int]

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from odewei.scheduler.budget import Budget
-from odewei.scheduler.slabs import ALIGNMENT, PAGE, Slab, SlabPool, round_up
+from odewei.scheduler.host_memory import PAGE, round_up
+from odewei.scheduler.slab import ALIGNMENT, Slab
+from odewei.scheduler.slabs import SlabPool
 
 from .fakes import Forward
 
