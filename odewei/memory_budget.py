@@ -17,13 +17,14 @@ from odewei.scheduler.accelerator import Accelerator, accelerator_for
 from odewei.scheduler.budget import Budget, format_nbytes, parse_nbytes
 from odewei.scheduler.device_copy import CopyingDriver, SynchronousCopyingDriver
 from odewei.scheduler.device_pool import DevicePool
-from odewei.scheduler.drivers import Driver, SynchronousDriver
+from odewei.scheduler.drivers import Driver
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.machine import AutoLimit, check_room
 from odewei.scheduler.prefetcher import PrefetchingDriver
 from odewei.scheduler.reader import UnitReader
 from odewei.scheduler.records import Account
 from odewei.scheduler.slabs import SlabPool
+from odewei.scheduler.synchronous import SynchronousDriver
 
 __all__ = ["MemoryBudget"]
 

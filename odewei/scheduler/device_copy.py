@@ -29,12 +29,13 @@ from odewei.scheduler.accelerator import Accelerator, Copy
 from odewei.scheduler.device_pool import DevicePool, DeviceSlab
 from odewei.scheduler.device_time import DeviceTime
 from odewei.scheduler.device_units import DeviceUnit
-from odewei.scheduler.drivers import Driver, SynchronousDriver
+from odewei.scheduler.drivers import Driver
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.prefetcher import PrefetchingDriver
 from odewei.scheduler.reader import Resized
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slab import Slab
+from odewei.scheduler.synchronous import SynchronousDriver
 
 __all__ = ["CopyingDriver", "SynchronousCopyingDriver"]
 

@@ -7,7 +7,6 @@ leave it; it serves all models under one budget, and ends when the last one leav
 from __future__ import annotations
 
 import errno
-import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -18,7 +17,7 @@ import torch
 
 from odewei.errors import ClosedError, ModelError, OdeweiError, WeightReadError
 from odewei.scheduler.budget import format_nbytes
-from odewei.scheduler.forks import is_held_by_nobody_here, watch
+from odewei.scheduler.forks import watch
 from odewei.scheduler.host_memory import Bytes
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.observer import torch_range
@@ -26,9 +25,8 @@ from odewei.scheduler.plan import Decision
 from odewei.scheduler.reader import FileTable, Job, Resized, UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slab import Slab
-from odewei.scheduler.states import State
 
-__all__ = ["Driver", "SynchronousDriver", "was_closed"]
+__all__ = ["Driver", "was_closed"]
 
 
 class Driver(ABC):
@@ -251,96 +249,3 @@ def no_memory(record: UnitRecord, limit_bytes: int, error: BaseException) -> Ode
         module=record.name,
         cure="Pass a smaller memory_budget, or raise the limit on memory (ulimit -v); the next call tries again",
     )
-
-
-class SynchronousDriver(Driver):
-    """The plain twin: the forward thread reads what it needs when it needs it, job after job. Starts no thread.
-
-    Serves one model.
-    """
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__(ledger)
-        self._turn = threading.RLock()  # one thread reads at a time
-        self._reading = False
-        self._torn = False  # an interrupt has ended a turn
-
-    def after_fork(self) -> None:
-        super().after_fork()
-        if is_held_by_nobody_here(self._turn):
-            self._turn = threading.RLock()
-            self.ledger.close_forked()
-
-    def start(self) -> None:
-        pass
-
-    def poke(self) -> None:
-        if not self.ledger.adapts:
-            return
-        self.ledger.adapt()
-        if self.ledger.pool.budget.free_bytes < 0:
-            with self._turn:
-                self._begin_turn()
-                while (decision := self.ledger.next_shedding()) is not None:
-                    self._make_room(decision)
-                self._torn = False
-
-    def leave_for_good(self, account: Account) -> None:
-        self.close()
-
-    def _begin_to_serve(self, waiter: Waiter) -> None:
-        self._serve(waiter)
-
-    def _serve(self, waiter: Waiter) -> None:
-        with self._turn:
-            if self._reading:
-                raise self._used_by_its_reader()
-            self._begin_turn()
-            self.ledger.adapt()
-            while not waiter.done.is_set():
-                decision = self.ledger.next_decision()
-                assert decision is not None, "a forward waits, and nothing can be done"
-                slab = self._make_room(decision)
-                if slab is not None and decision.fetch is not None:
-                    self._read(self.ledger.units[decision.fetch], slab)
-            self._torn = False
-
-    def _begin_turn(self) -> None:
-        """Until this turn has ended as it should, it counts as interrupted."""
-        self._mend()
-        self._torn = True
-
-    def _mend(self) -> None:
-        """What an interrupted turn has left on its way is absent again, unbound, and its memory free."""
-        if self._torn:
-            for record in tuple(self.ledger.units.values()):
-                self.ledger.restart(record.id)
-                if record.state in (State.ABSENT, State.FAILED):
-                    record.account.client.retract(record.place)
-            self.ledger.pool.reclaim({record.name for record in self.ledger.units.values()})
-            self._torn = False
-
-    def _read(self, record: UnitRecord, slab: Slab) -> None:
-        self.ledger.begin_read(record.id, slab)
-        nbytes = 0
-        self._reading = True
-        try:
-            with record.account.busy:
-                view = slab.view()
-                for job in record.reader.jobs():
-                    nbytes += self._run_job(record, job, view, record.account.files)
-                del view
-        except BaseException as error:
-            self._give_up(record, slab, error, nbytes)
-            if not isinstance(error, Exception):
-                raise
-            return
-        finally:
-            self._reading = False
-        self._publish(record, slab, nbytes)
-
-    def close(self) -> None:
-        with self._turn:
-            if not self._reading:  # a reader that closes its own model does not interrupt itself
-                self._mend()
-            super().close()

@@ -12,7 +12,7 @@ import torch
 
 from odewei.loaders.base import CheckpointFile
 from odewei.scheduler.budget import Budget
-from odewei.scheduler.drivers import Driver, SynchronousDriver
+from odewei.scheduler.drivers import Driver
 from odewei.scheduler.host_memory import Bytes
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.plan import Window
@@ -22,6 +22,7 @@ from odewei.scheduler.reads import Placement
 from odewei.scheduler.records import Account
 from odewei.scheduler.slabs import SlabPool
 from odewei.scheduler.states import State
+from odewei.scheduler.synchronous import SynchronousDriver
 
 PATIENCE = 20.0  # seconds; only a failing test waits this long
 

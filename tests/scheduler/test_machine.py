@@ -9,12 +9,12 @@ import pytest
 
 from odewei.errors import OptionsError
 from odewei.scheduler.budget import Budget
-from odewei.scheduler.drivers import SynchronousDriver
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.machine import FOR_WEIGHTS, AutoLimit, Ceiling, available_bytes, check_room
 from odewei.scheduler.plan import Window
 from odewei.scheduler.records import Account
 from odewei.scheduler.slabs import SlabPool
+from odewei.scheduler.synchronous import SynchronousDriver
 
 from .fakes import Setup, started
 
