@@ -16,9 +16,9 @@ from torch import nn
 from odewei.errors import CheckpointError, MissingPackageError
 from odewei.survey import walk
 
-__all__ = ["STREAMED", "find_quantiser", "have_parameters_hold_what_is_packed"]
+__all__ = ["STREAMED", "find_quantiser", "have_parameters_hold_what_is_packed", "is_bitsandbytes"]
 
-STREAMED = frozenset({"bitnet", "fp8", "mxfp4"})
+STREAMED = frozenset({"bitnet", "bitsandbytes", "fp8", "mxfp4"})
 """The methods that are streamed, as config.json calls them: those that were tried."""
 
 _DEQUANTISED = frozenset({"fp8", "mxfp4"})
@@ -86,6 +86,11 @@ def find_quantiser(config: Any, folder: Path, device: torch.device) -> tuple[Any
             cure=f"Use one that is not quantised, or quantised by {', '.join(sorted(STREAMED))}",
         )
     return quantiser, config
+
+
+def is_bitsandbytes(quantiser: Any) -> bool:
+    """Whether this quantiser of transformers, or None, is one of those of bitsandbytes."""
+    return quantiser is not None and _method(quantiser.quantization_config).startswith("bitsandbytes")
 
 
 def have_parameters_hold_what_is_packed(model: nn.Module) -> None:

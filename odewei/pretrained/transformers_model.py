@@ -20,12 +20,18 @@ from odewei.errors import CheckpointError, MissingWeightError, OdeweiError
 from odewei.hf import known_to_transformers
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.meta_model import build_without_weights
+from odewei.pretrained.bitsandbytes_modules import (
+    have_parameters_hold_bitsandbytes,
+    is_part,
+    settle_bitsandbytes,
+    with_parts_as_parameters,
+)
 from odewei.pretrained.classes import choose
 from odewei.pretrained.converted import ConvertedLoader
 from odewei.pretrained.folder import TRANSFORMERS_WEIGHTS, open_weights
 from odewei.pretrained.naming import grouped
 from odewei.pretrained.options import StreamOptions
-from odewei.pretrained.quantisation import find_quantiser, have_parameters_hold_what_is_packed
+from odewei.pretrained.quantisation import find_quantiser, have_parameters_hold_what_is_packed, is_bitsandbytes
 from odewei.pretrained.ties import tie
 from odewei.torch import init_on_demand_weights_model
 
@@ -44,13 +50,14 @@ def build_transformers(
 ) -> nn.Module:
     """The streamed model of a folder; ``stored`` is what its config.json holds, ``dtype`` None stands for "auto"."""
     chosen, settings = choose(folder, stored, model_class=model_class, config=config, trusts_code=trusts_code)
-    quantiser, settings = find_quantiser(settings, folder, torch.device(options.get("device") or "cpu"))
+    device = torch.device(options.get("device") or "cpu")
+    quantiser, settings = find_quantiser(settings, folder, device)
     explicit, verify = getattr(settings, "transformers_weights", None), options.get("verify", "size")
     checkpoint = open_weights(folder, TRANSFORMERS_WEIGHTS, explicit, verify=verify)
     settings.name_or_path = str(folder)
     main = _set_dtype(settings, dtype, checkpoint, quantiser)
     model: Any = build_without_weights(known_to_transformers(lambda: _build(chosen, settings, main, quantiser)))
-    loader = _converted(model, checkpoint, quantiser, main)
+    loader = _converted(model, checkpoint, quantiser, main, device)
     names = list(model.state_dict())
     missing = _really_missing(model, tie(model, names, loader))
     if missing and options.get("on_missing", "error") == "error":
@@ -104,6 +111,8 @@ def _build(chosen: Any, config: Any, dtype: torch.dtype, quantiser: Any) -> nn.M
         if quantiser is not None:
             quantiser.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=[])
             have_parameters_hold_what_is_packed(model)
+            if is_bitsandbytes(quantiser):
+                have_parameters_hold_bitsandbytes(model)
     for module in model.modules():  # once more, and not in the dtype: so transformers gives buffers their values
         vars(module).pop("_is_hf_initialized", None)
     model.initialize_weights()
@@ -111,7 +120,9 @@ def _build(chosen: Any, config: Any, dtype: torch.dtype, quantiser: Any) -> nn.M
     return model
 
 
-def _converted(model: Any, checkpoint: WeightsLoader, quantiser: Any, dtype: torch.dtype) -> ConvertedLoader:
+def _converted(
+    model: Any, checkpoint: WeightsLoader, quantiser: Any, dtype: torch.dtype, device: torch.device
+) -> ConvertedLoader:
     """The checkpoint's weights as the model has them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -119,16 +130,22 @@ def _converted(model: Any, checkpoint: WeightsLoader, quantiser: Any, dtype: tor
     plan = _dtype_plan(model, dtype)
 
     def cast(target: str, info: WeightInfo, conversion: Any) -> torch.dtype | None:
-        wanted: torch.dtype = next((kept for pattern, kept in plan if pattern.search(target)), expected[target].dtype)
+        wanted: torch.dtype = next((one for pattern, one in plan if pattern.search(target)), expected[target].dtype)
         if quantiser is None or not quantiser.pre_quantized:
             return wanted
-        found: torch.dtype | None = quantiser.get_new_dtype(
+        if parts and is_part(target):
+            return None
+        kept: torch.dtype | None = quantiser.get_new_dtype(
             conversion, torch.empty(0, dtype=info.dtype, device="meta"), wanted
         )
-        return found
+        return kept
 
-    transforms = get_model_conversion_mapping(model, None, quantiser)
-    groups = grouped(checkpoint.weights(), expected, transforms, model.base_model_prefix, cast)
+    parts = is_bitsandbytes(quantiser)
+    transforms = get_model_conversion_mapping(model, None, None if parts else quantiser)
+    found = with_parts_as_parameters(checkpoint.weights()) if parts else checkpoint.weights()
+    groups = grouped(found, expected, transforms, model.base_model_prefix, cast)
+    if parts:
+        groups = settle_bitsandbytes(model, groups, checkpoint, device)
     loader = ConvertedLoader(checkpoint, groups, model, model.config)
     model._weight_conversions = [transform for transform in transforms if transform.was_used()]
     return loader
