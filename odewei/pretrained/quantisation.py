@@ -18,7 +18,7 @@ from odewei.survey import walk
 
 __all__ = ["STREAMED", "find_quantiser", "have_parameters_hold_what_is_packed", "is_bitsandbytes"]
 
-STREAMED = frozenset({"bitnet", "bitsandbytes", "fp8", "mxfp4"})
+STREAMED = frozenset({"bitnet", "bitsandbytes", "compressed-tensors", "fp8", "mxfp4"})
 """The methods that are streamed, as config.json calls them: those that were tried."""
 
 _DEQUANTISED = frozenset({"fp8", "mxfp4"})
@@ -52,8 +52,33 @@ def find_quantiser(config: Any, folder: Path, device: torch.device) -> tuple[Any
         return None, config
     method = _method(settings)
     file = str(folder / "config.json")
-    if device.type == "cpu" and method in _DEQUANTISED and isinstance(settings, dict):
+    if method == "compressed-tensors" and _quantises_activations(settings):
+        raise CheckpointError(
+            "the checkpoint is quantised by compressed-tensors, activations too, not only weights: that cannot be "
+            "streamed, for its modules are made once all weights are in memory",
+            file=file,
+            cure="Use one whose weights only are quantised (W4A16, W8A16)",
+        )
+    if isinstance(settings, dict) and _is_dequantised(method, device):
         config.quantization_config = {**settings, "dequantize": True}
+    quantiser, config = _ask_transformers(config, method, file)
+    if quantiser is None:
+        raise CheckpointError(
+            f"the checkpoint is quantised in a way that the installed transformers does not know: {method!r}",
+            file=file,
+            cure="Install a newer transformers, or use a checkpoint that is not quantised",
+        )
+    if method not in STREAMED:
+        raise CheckpointError(
+            f"a checkpoint quantised by {method} cannot be streamed: its weights are put together, or changed, by its "
+            "own code once all of them are in memory",
+            file=file,
+            cure=f"Use one that is not quantised, or quantised by {', '.join(sorted(STREAMED))}",
+        )
+    return quantiser, config
+
+
+def _ask_transformers(config: Any, method: str, file: str) -> tuple[Any, Any]:
     from transformers.quantizers.auto import get_hf_quantizer
 
     try:
@@ -72,19 +97,6 @@ def find_quantiser(config: Any, folder: Path, device: torch.device) -> tuple[Any
             file=file,
             cure="Use a checkpoint that is not quantised, or a machine that the method runs on",
         ) from error
-    if quantiser is None:
-        raise CheckpointError(
-            f"the checkpoint is quantised in a way that the installed transformers does not know: {method!r}",
-            file=file,
-            cure="Install a newer transformers, or use a checkpoint that is not quantised",
-        )
-    if method not in STREAMED:
-        raise CheckpointError(
-            f"a checkpoint quantised by {method} cannot be streamed: its weights are put together, or changed, by its "
-            "own code once all of them are in memory",
-            file=file,
-            cure=f"Use one that is not quantised, or quantised by {', '.join(sorted(STREAMED))}",
-        )
     return quantiser, config
 
 
@@ -102,6 +114,17 @@ def have_parameters_hold_what_is_packed(model: nn.Module) -> None:
             if buffer is not None and buffer.numel() > 1 and name not in module._non_persistent_buffers_set:
                 del module._buffers[name]
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+
+def _is_dequantised(method: str, device: torch.device) -> bool:
+    """Whether weights are dequantised as they are read. compressed-tensors would do it when it first computes."""
+    return method == "compressed-tensors" or (device.type == "cpu" and method in _DEQUANTISED)
+
+
+def _quantises_activations(settings: Any) -> bool:
+    groups = settings.get("config_groups") if isinstance(settings, dict) else getattr(settings, "config_groups", None)
+    kinds = ("input_activations", "output_activations")
+    return any(isinstance(group, dict) and group.get(kind) for group in dict(groups or {}).values() for kind in kinds)
 
 
 def _method(settings: Any) -> str:

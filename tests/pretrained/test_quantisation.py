@@ -138,11 +138,13 @@ def test_a_package_that_is_missing(
     if package == "bitsandbytes":
         for bits in (4, 8):
             monkeypatch.setattr(f"transformers.quantizers.quantizer_bnb_{bits}bit.is_bitsandbytes_available", bool)
+    elif package == "compressed-tensors":
+        for module in ("quantizers.quantizer_compressed_tensors", "utils.quantization_config"):
+            monkeypatch.setattr(f"transformers.{module}.is_compressed_tensors_available", bool)
+    elif _installed(package):
+        pytest.skip(f"{package} is installed")
     saved(llama, tmp_path)
     quantised(tmp_path, **settings)
-    pytest.importorskip("transformers")
-    if _installed(package) and package != "bitsandbytes":
-        pytest.skip(f"{package} is installed")
     with pytest.raises((MissingPackageError, CheckpointError), match=package) as raised:
         odewei.from_pretrained(tmp_path)
     assert settings["quant_method"] in str(raised.value)
