@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,46 @@ def test_zero_points(tmp_path: Path) -> None:
     kept = as_loaded(kind, tmp_path / "quantised", quantization_config=dense)
     with streamed(tmp_path / "quantised") as model:
         assert same_bits(outputs(model, **TEXT), outputs(kept, **TEXT))
+
+
+def test_experts(tmp_path: Path) -> None:
+    """Four-bit experts, each by itself in the checkpoint, become the fused weights of the model."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    settings = transformers.MixtralConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=99, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    kind = saved(lambda: transformers.MixtralForCausalLM(settings).bfloat16(), tmp_path)
+    scheme = preset_name_to_scheme("W4A16", ["re:.*experts.*"])
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+
+    def pack(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        made = {}
+        for name, value in found.items():
+            if ".experts." not in name:
+                made[name] = value
+                continue
+            grouped = value.view(value.shape[0], -1, scheme.weights.group_size)
+            scale, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), scheme.weights)
+            packed = compressor.compress({"weight": value, "weight_scale": scale.to(value.dtype)}, scheme)
+            made |= {name.removesuffix("weight") + part: tensor for part, tensor in packed.items()}
+        return made
+
+    assert any(value.dtype == torch.int32 for value in edit(tmp_path, pack).values())
+    described = QuantizationConfig(
+        config_groups={"group_0": scheme}, ignore=["lm_head"], format="pack-quantized", quantization_status="compressed"
+    ).to_dict()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {**described, "quant_method": "compressed-tensors"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kept = as_loaded(kind, tmp_path, quantization_config=transformers.CompressedTensorsConfig(dequantize=True))
+    with streamed(tmp_path, memory_budget="600KiB") as model:
+        for _ in range(2):
+            assert same_bits(outputs(model, **TEXT), outputs(kept, **TEXT))
+        assert odewei.report(model).evictions
 
 
 def test_activations(tmp_path: Path) -> None:
