@@ -67,16 +67,35 @@ def cannot_read(file: CheckpointFile, error: OSError) -> WeightReadError:
 class OpenFile:
     """A descriptor that closes when nobody has it any more, the frames of an error that somebody keeps included: under
     a thread that reads from it, its number must not become that of another file.
+
+    Once somebody else has closed it, the number is not closed again: it may be another file's by then.
     """
 
-    __slots__ = ("fd",)
+    __slots__ = ("_inode", "_is_lost", "fd")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._is_lost = False
+        self._inode = _inode_of(fd)
+
+    def is_lost(self) -> bool:
+        """Whether somebody has closed it, as far as that can be seen: then, or when this was asked before."""
+        self._is_lost = self._is_lost or _inode_of(self.fd) != self._inode
+        return self._is_lost
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):  # somebody else has closed it
-            os.close(self.fd)
+        if not self.is_lost():
+            with contextlib.suppress(OSError):
+                os.close(self.fd)
+
+
+def _inode_of(fd: int) -> tuple[int, int] | None:
+    """Device and number of an open file; None if it is not open."""
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class FileTable:
@@ -114,11 +133,13 @@ class FileTable:
         found = self._buffered.get(file) or self._open.get(file)
         return found or self._keep(self._open, file, (self.opener or os.open)(str(file.path), _FLAGS))
 
-    def give_up(self, file: CheckpointFile) -> None:
-        """Something is wrong with the open file: the next use opens what is there then."""
+    def give_up(self, file: CheckpointFile, opened: OpenFile) -> None:
+        """Something is wrong with an open file: the next use opens what is there then, unless another thread has."""
+        opened.is_lost()  # as long as that can be seen
         with self._lock:
-            found = self._open.pop(file, None), self._buffered.pop(file, None)
-        del found  # closes under no lock
+            for table in (self._open, self._buffered):
+                if table.get(file) is opened:
+                    del table[file]  # closes later: the caller has it
 
     def use(self, file: CheckpointFile, work: Callable[[OpenFile], object]) -> None:
         """Have ``work`` read from the open file. Raises WeightReadError for its OSError.
@@ -128,15 +149,19 @@ class FileTable:
         """
         for is_last in (False, True):
             is_fresh = file not in self._open and file not in self._buffered
+            opened = None
             try:
-                work(self.opened(file))
+                opened = self.opened(file)
+                work(opened)
                 return
             except OSError as error:
-                self.give_up(file)
+                if opened is not None:
+                    self.give_up(file, opened)
                 if is_last or is_fresh or error.errno in _PASSING:
                     raise cannot_read(file, error) from error
             except WeightReadError:
-                self.give_up(file)
+                if opened is not None:
+                    self.give_up(file, opened)
                 if is_last or is_fresh:
                     raise
 

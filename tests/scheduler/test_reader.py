@@ -274,9 +274,31 @@ def test_a_descriptor_that_was_lost_is_opened_again(
 def test_a_file_given_up_is_not_closed_under_a_reader(files: FileTable, file: CheckpointFile) -> None:
     """Whoever has the descriptor goes on with it; the next one gets another."""
     mine = files.opened(file)
-    files.give_up(file)
+    files.give_up(file, mine)
     assert os.fstat(mine.fd).st_ino == file.inode
-    assert files.opened(file).fd != mine.fd
+    fresh = files.opened(file)
+    assert fresh.fd != mine.fd
+    files.give_up(file, mine)  # another thread meets the same trouble later
+    assert files.opened(file) is fresh
+
+
+@pytest.mark.parametrize("seen", ["before its number is used again", "afterwards", "never"])
+def test_what_somebody_has_closed_is_not_closed_again(files: FileTable, file: CheckpointFile, seen: str) -> None:
+    """Its number may be another file's by then, the same file opened by somebody else included."""
+    mine = files.opened(file)
+    fd = mine.fd
+    os.close(fd)
+    if seen == "before its number is used again":
+        files.give_up(file, mine)
+    stranger = os.open(file.path if seen == "before its number is used again" else os.devnull, os.O_RDONLY)
+    assert stranger == fd, "the lowest number that is free"
+    if seen == "afterwards":
+        files.give_up(file, mine)
+    else:
+        files.close()
+    del mine
+    os.fstat(stranger)
+    os.close(stranger)
 
 
 @pytest.mark.parametrize(
