@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import mmap
 import os
 import threading
@@ -46,7 +45,7 @@ _CURE = "Check that the file is there and its disk is healthy; the next use trie
 
 
 def open_direct(path: str, flags: int) -> int:
-    """An ``opener`` for direct reads, falling back to buffered ones where direct ones are refused."""
+    """Open for direct reads, falling back to buffered ones where direct ones are refused."""
     try:
         return os.open(path, flags | getattr(os, "O_DIRECT", 0))
     except OSError as error:
@@ -76,11 +75,17 @@ class OpenFile:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._is_lost = False
-        self._inode = _inode_of(fd)
+        self._inode: tuple[int, int] | None = None  # not known
+        with contextlib.suppress(OSError):
+            self._inode = _inode_of(fd)
 
     def is_lost(self) -> bool:
         """Whether somebody has closed it, as far as that can be seen: then, or when this was asked before."""
-        self._is_lost = self._is_lost or _inode_of(self.fd) != self._inode
+        if not self._is_lost:
+            try:
+                self._is_lost = self._inode not in (None, _inode_of(self.fd))
+            except OSError as error:
+                self._is_lost = error.errno == errno.EBADF
         return self._is_lost
 
     def __del__(self) -> None:
@@ -89,25 +94,19 @@ class OpenFile:
                 os.close(self.fd)
 
 
-def _inode_of(fd: int) -> tuple[int, int] | None:
-    """Device and number of an open file; None if it is not open."""
-    try:
-        found = os.fstat(fd)
-    except OSError:
-        return None
+def _inode_of(fd: int) -> tuple[int, int]:
+    """Device and number of an open file. Raises OSError."""
+    found = os.fstat(fd)
     return found.st_dev, found.st_ino
 
 
 class FileTable:
     """The open files of one runtime, and a scratch buffer for each reader thread. Methods may be called from any
     thread.
-
-    ``opener`` is that of the built-in ``open``. Whoever opens files in another way (aiofiles) puts them in with
-    ``keep``.
     """
 
     def __init__(self, *, direct: bool, scratch_bytes: int) -> None:
-        self.opener: Callable[[str, int], int] | None = open_direct if direct else None
+        self._is_direct = direct
         self._scratch_bytes = scratch_bytes
         self._open: dict[CheckpointFile, OpenFile] = {}
         self._buffered: dict[CheckpointFile, OpenFile] = {}  # those that refused a direct read
@@ -123,15 +122,12 @@ class FileTable:
         """Whether it can be read as it is: a remote file is never open."""
         return file in self._open or isinstance(file, RemoteFile)
 
-    def keep(self, file: CheckpointFile, stream: io.FileIO) -> None:
-        """Take over an open file, closing ``stream``; if another thread was first, theirs is kept."""
-        with stream:
-            self._keep(self._open, file, os.dup(stream.fileno()))
-
     def opened(self, file: CheckpointFile) -> OpenFile:
         """The open file, opened now if need be. Raises OSError."""
         found = self._buffered.get(file) or self._open.get(file)
-        return found or self._keep(self._open, file, (self.opener or os.open)(str(file.path), _FLAGS))
+        return found or self._keep(
+            self._open, file, (open_direct if self._is_direct else os.open)(str(file.path), _FLAGS)
+        )
 
     def give_up(self, file: CheckpointFile, opened: OpenFile) -> None:
         """Something is wrong with an open file: the next use opens what is there then, unless another thread has."""
@@ -208,7 +204,7 @@ class FileTable:
             try:
                 count = os.preadv(opened.fd, buffers, offset + found)
             except OSError as error:
-                if error.errno == errno.EINVAL and self.opener is not None and file not in self._buffered:
+                if error.errno == errno.EINVAL and self._is_direct and file not in self._buffered:
                     file.check_unchanged(opened.fd)  # of what was found so far
                     opened = self._fall_back(file)  # refused here, or a short read has left an odd offset
                 elif error.errno in _PASSING and failures < _RETRIES:
@@ -239,4 +235,4 @@ class FileTable:
             return table.setdefault(file, mine)
 
     def __repr__(self) -> str:
-        return f"<FileTable of {len(self._open)} open files, {'direct' if self.opener else 'buffered'}>"
+        return f"<FileTable of {len(self._open)} open files, {'direct' if self._is_direct else 'buffered'}>"

@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import aiofiles
 import aiofiles.os
 
 from odewei.errors import ClosedError, ModelError, WeightReadError
@@ -286,8 +285,7 @@ class PrefetchingDriver(Driver):
         try:
             async with self._opening.setdefault((files, file), asyncio.Lock()):
                 if not files.is_open(file):
-                    opened = await aiofiles.open(file.path, "rb", buffering=0, opener=files.opener, executor=self._pool)
-                    files.keep(file, opened._file)  # type: ignore[attr-defined]
+                    await aiofiles.os.wrap(files.opened)(file, executor=self._pool)
         except (OSError, RuntimeError):  # no file, no descriptor, no thread
             pass  # the job that reads it tries again, and its error names the weight
         finally:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import io
 import itertools
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import aiofiles
 import torch
 
 from odewei.scheduler.file_table import FileTable
@@ -57,38 +57,36 @@ def _raise_in_reads(
     return lambda: setattr(FileTable, "read", real)
 
 
-@fault("a file object fails", "readers")
-def file_object(row: Row, full: bool) -> None:
-    """What aiofiles opens has no descriptor, is closed, or cannot be had; the reader opens the file itself."""
+@fault("what is opened is not the file", "readers")
+def not_the_file(row: Row, full: bool) -> None:
+    """The descriptor is closed by the time it is used, or another file's."""
     from odewei.runtime import runtime_of
 
-    class NoNumber(io.FileIO):
-        def fileno(self) -> int:
-            raise OSError(9, "no descriptor")
+    real = os.open
 
-    class Closed(io.FileIO):
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-            self.close()
+    def closed(path: str, flags: int) -> int:
+        fd = real(path, flags)
+        os.close(fd)
+        return fd
 
-    real = aiofiles.open
-    for way, kind in itertools.product([way for way in WAYS if way["prefetch_depth"]], (NoNumber, Closed)):
+    def empty(path: str, flags: int) -> int:
+        return real(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    for way, opening in itertools.product(WAYS, (closed, empty)):
         with tempfile.TemporaryDirectory() as scratch, subject(row, Path(scratch) / "model", **way) as one:
             for _ in range(10 if full else 2):
                 hits: list[object] = []
                 runtime_of(one.streamed).account.files.close()
 
-                def make(kind: type[io.FileIO] = kind, hits: list[object] = hits) -> Callable[[], object]:
-                    async def opening(path: object, *args: object, **kwargs: object) -> object:
+                def make(opening: Callable[..., int] = opening, hits: list[object] = hits) -> Callable[[], object]:
+                    def instead(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+                        if not str(path).endswith(".safetensors"):
+                            return real(path, flags, *args, **kwargs)
                         hits.append(path)
+                        return opening(path, flags)
 
-                        class Opened:
-                            _file = kind(str(path))
-
-                        return Opened
-
-                    aiofiles.open = opening
-                    return lambda: setattr(aiofiles, "open", real)
+                    os.open = instead  # type: ignore[assignment]
+                    return lambda: setattr(os, "open", real)
 
                 one.inject(make, fired=lambda hits=hits: bool(hits))  # type: ignore[misc]
 

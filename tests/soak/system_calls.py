@@ -186,8 +186,7 @@ def _opens(code: int) -> Callable[[Row, bool], None]:
 
         return call
 
-    direct = [way for way in WAYS if way["io"] == "direct"]  # aiofiles opens others without asking ``os``
-    return lambda row, full: _at_seam(row, full, os, "open", make, must_be="clean", before=_forget_files, ways=direct)
+    return lambda row, full: _at_seam(row, full, os, "open", make, must_be="clean", before=_forget_files)
 
 
 for _code in (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOENT, errno.ESTALE):
