@@ -16,7 +16,9 @@ import errno
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -67,17 +69,29 @@ class OpenFile:
     """A descriptor that closes when nobody has it any more, the frames of an error that somebody keeps included: under
     a thread that reads from it, its number must not become that of another file.
 
-    Once somebody else has closed it, the number is not closed again: it may be another file's by then.
+    Somebody else may close it all the same. Then the number is not closed again, for it may be another file's; and what
+    was read from it may be another file's bytes, even if the number is that of the right file again when it is looked
+    at. Whoever opens a file here and gets the number of one that is still in use takes note of that.
     """
 
-    __slots__ = ("_inode", "_is_lost", "fd")
+    __slots__ = ("__weakref__", "_inode", "_is_lost", "fd")
+    _by_number: ClassVar[dict[int, weakref.ref[OpenFile]]] = {}
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._is_lost = False
+        before = self._by_number.get(fd)
+        if before is not None and (other := before()) is not None:
+            other._is_lost = True
+        self._by_number[fd] = weakref.ref(self)
         self._inode: tuple[int, int] | None = None  # not known
         with contextlib.suppress(OSError):
             self._inode = _inode_of(fd)
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether it is known to be lost, because the number was given to another, say. Asks no system."""
+        return self._is_lost
 
     def is_lost(self) -> bool:
         """Whether somebody has closed it, as far as that can be seen: then, or when this was asked before."""
@@ -149,6 +163,8 @@ class FileTable:
             try:
                 opened = self.opened(file)
                 work(opened)
+                if opened.is_taken:
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
                 return
             except OSError as error:
                 if opened is not None:

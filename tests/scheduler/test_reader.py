@@ -282,6 +282,35 @@ def test_a_file_given_up_is_not_closed_under_a_reader(files: FileTable, file: Ch
     assert files.opened(file) is fresh
 
 
+def test_a_number_that_was_another_files_meanwhile(
+    files: FileTable, file: CheckpointFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody closes a descriptor; its number is another file's while it is read from, and the right one's when that
+    is looked at: what was read is not handed on.
+    """
+    (tmp_path / "other").write_bytes(bytes(NBYTES))
+    other = CheckpointFile.stat(tmp_path / "other")
+    tables = [FileTable(direct=False, scratch_bytes=PAGE) for _ in range(2)]
+    fd = files.opened(file).fd
+    os.close(fd)
+    assert tables[0].opened(other).fd == fd, "the lowest number that is free"
+    real, hits = os.preadv, list[int]()
+
+    def preadv(number: int, buffers: list[memoryview], offset: int) -> int:
+        count = real(number, buffers, offset)
+        if not hits:
+            hits.append(number)
+            tables[0].close()
+            assert tables[1].opened(file).fd == fd
+        return count
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert read_all(files, file) == file.path.read_bytes()
+    assert hits == [fd]
+    for table in tables:
+        table.close()
+
+
 @pytest.mark.parametrize("seen", ["before its number is used again", "afterwards", "never"])
 def test_what_somebody_has_closed_is_not_closed_again(files: FileTable, file: CheckpointFile, seen: str) -> None:
     """Its number may be another file's by then, the same file opened by somebody else included."""
