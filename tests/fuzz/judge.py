@@ -33,6 +33,7 @@ __all__ = ["STRICTER", "Misbehaved", "judge", "watch_the_process"]
 
 STRICTER = (
     r"the name .* occurs twice",
+    r"the header does not begin with '\{'",
     r"a tensor is described by .* instead of dtype, shape, data_offsets",
     r"F4 of shape .* has rows that end within a byte",
     r"the shape .* has more elements than can be counted",

@@ -59,6 +59,7 @@ CORRUPT = {
     "not JSON": (safetensors_bytes("{nonsense}"), "JSON"),
     "JSON twice": (safetensors_bytes("{}{}"), "JSON"),
     "byte order mark": (safetensors_bytes(b"\xef\xbb\xbf{}"), "begin with"),
+    "blanks before it": (safetensors_bytes(" {}"), "begin with"),
     "an array": (safetensors_bytes("[]"), "begin with"),
     "zeros after it": (safetensors_bytes("{}\0\0"), "JSON"),
     "nested without end": (safetensors_bytes('{"a":' * 100_000), "JSON"),
