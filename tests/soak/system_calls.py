@@ -53,10 +53,9 @@ def _at_seam(
     *,
     must_be: str = "",
     before: Callable[[Subject], object] = lambda one: None,
-    ways: Sequence[dict[str, object]] = WAYS,
 ) -> None:
     """Put something in the place of a function while a subject passes, in each way of streaming."""
-    with _subjects(row, ways) as each:
+    with _subjects(row) as each:
         for one in each:
             for _ in range(10 if full else 1):
                 before(one)
