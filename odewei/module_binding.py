@@ -153,9 +153,9 @@ class ModuleBinding:
                 self.put()
 
     def unbind(self, local_name: str) -> None:
-        """One weight leaves."""
-        if self._real is not None and self._real.pop(local_name, None) is not None:
-            if not self._real:
+        """One weight leaves. After an interrupt in the middle of this it may leave twice."""
+        if local_name in self._names:
+            if self._real is not None and self._real.pop(local_name, None) is not None and not self._real:
                 self._real = None
             self.put()
 

@@ -12,25 +12,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import odewei
+from torch import nn
 
-__all__ = ["Interrupt", "Interrupter"]
+import odewei
+from odewei.runtime import runtime_of
+
+__all__ = ["Alarm", "Interrupt", "Interrupter", "kept_for_nobody"]
 
 _OURS = os.path.dirname(odewei.__file__) + os.sep
 
 
 class Interrupt(BaseException):
-    """What the handler of a signal raises."""
+    """What the handler of a signal raises, as that of Ctrl-C does."""
+
+
+class Alarm(Exception):
+    """What the handlers of timeouts raise: code that catches errors catches it."""
 
 
 class Interrupter:
-    """Raises Interrupt at place number ``at`` of this thread's way through the library, from 0 on; None: only counts.
+    """Raises ``kind`` at place number ``at`` of this thread's way through the library, from 0 on; None: only counts.
 
     ``seen`` is the number of places so far, ``where`` the one that was interrupted.
     """
 
-    def __init__(self, at: int | None = None) -> None:
+    def __init__(self, at: int | None = None, kind: type[BaseException] = Interrupt) -> None:
         self._at = at
+        self._kind = kind
         self.seen = 0
         self.where = ""
 
@@ -53,4 +61,13 @@ class Interrupter:
         self.seen += 1
         if self._at is not None and self.seen > self._at:
             self.where = f"{frame.f_code.co_filename.removeprefix(_OURS)}:{frame.f_lineno}"
-            raise Interrupt(self.where)
+            raise self._kind(self.where)
+
+
+def kept_for_nobody(streamed: nn.Module) -> list[str]:
+    """Whose memory is in use although it is the one of no unit that is here or on its way. While nothing is decided."""
+    ledger = runtime_of(streamed).driver.ledger
+    with ledger.lock:
+        ledger.pool.room_bytes()  # notes what has come back
+        here = {record.slab for record in ledger.units.values()}
+        return [slab.reservation.owner for slab in ledger.pool._in_use if slab not in here]

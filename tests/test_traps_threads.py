@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import odewei
+from odewei.errors import WeightReadError
 from odewei.runtime import runtime_of
 from tests import models as zoo
-from tests.interrupts import Interrupt, Interrupter
+from tests.interrupts import Alarm, Interrupt, Interrupter, kept_for_nobody
 from tests.traps import DEPTHS, Blocks, assert_same, assert_streams, linears, rows, twins
 
 
@@ -197,19 +198,25 @@ def test_a_pass_within_a_pass(depth: int | str, tmp_path: Path) -> None:
 
 
 def _interrupted_everywhere(
-    streamed: nn.Module, call: Callable[[], object], check: Callable[[], None], step: int
+    streamed: nn.Module,
+    call: Callable[[], object],
+    check: Callable[[], None],
+    step: int,
+    kind: type[BaseException] = Interrupt,
 ) -> tuple[int, int]:
     """Interrupt a call at each ``step``-th place of the library's code that it comes by; interrupts, and lost ones."""
     at = fired = lost = 0
     while True:
-        interrupter = Interrupter(at)
+        interrupter = Interrupter(at, kind)
         try:
             with interrupter.watching():
                 call()
             if not interrupter.fired:
                 return fired, lost
             lost += 1  # in a finalizer, where Python drops every exception
-        except Interrupt as interrupt:
+        except (kind, WeightReadError) as interrupt:
+            if kind not in (type(interrupt), type(interrupt.__cause__)):
+                raise
             interrupt.__traceback__ = None  # it holds the frames of the pass
             fired += 1
         check()
@@ -219,8 +226,9 @@ def _interrupted_everywhere(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # those that are lost
+@pytest.mark.parametrize("kind", [Interrupt, Alarm])
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_an_interrupt_anywhere_in_a_pass(depth: int | str, tmp_path: Path) -> None:
+def test_an_interrupt_anywhere_in_a_pass(depth: int | str, kind: type[BaseException], tmp_path: Path) -> None:
     """A signal's handler that raises at any place of the library leaves no lease, no bytes and no wrong number."""
     with twins(Blocks, tmp_path, depth) as (model, streamed), torch.no_grad():
         expected = model(rows(1))
@@ -229,7 +237,40 @@ def test_an_interrupt_anywhere_in_a_pass(depth: int | str, tmp_path: Path) -> No
             assert torch.equal(streamed(rows(1)), expected)
 
         check()
-        fired, lost = _interrupted_everywhere(streamed, lambda: streamed(rows(0)), check, 211 if depth == 0 else 67)
+        step = 211 if depth == 0 else 67
+        fired, lost = _interrupted_everywhere(streamed, lambda: streamed(rows(0)), check, step, kind)
         assert fired > 10
+        assert lost <= fired / 5
+        assert_streams(streamed)
+
+
+class Pair(nn.Module):
+    """Of its two layers one is in memory at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(16, 16, bias=False) for _ in range(2))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.second(self.first(hidden))
+        return found
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # those that are lost
+@pytest.mark.parametrize("kind", [Interrupt, Alarm])
+def test_an_interrupt_at_every_place_of_reading(kind: type[BaseException], tmp_path: Path) -> None:
+    """Where one unit leaves and the next comes, nothing stays in memory that is no unit's, also if it is caught."""
+    with twins(Pair, tmp_path, 0) as (model, streamed), torch.no_grad():
+        expected = model(rows(1))
+
+        def check() -> None:
+            for layer in (streamed.second, streamed.first):  # each may have been leaving
+                layer(rows(1))
+                assert kept_for_nobody(streamed) == []
+            assert torch.equal(streamed(rows(1)), expected)
+
+        check()
+        fired, lost = _interrupted_everywhere(streamed, lambda: streamed(rows(0)), check, 1, kind)
+        assert fired > 200
         assert lost <= fired / 5
         assert_streams(streamed)

@@ -120,7 +120,7 @@ class _OnDevice(Driver):
         try:
             record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
         except Exception as error:
-            self.ledger.fail(record.id, error)
+            self._take_back(record, slab, error)
         else:
             self.ledger.arrive(record.id)
         return copy

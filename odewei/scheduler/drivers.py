@@ -208,10 +208,17 @@ class Driver(ABC):
             record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
             record.account.client.bind(record.place)
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep the tensors
-            self.ledger.fail(record.id, error)
+            self._take_back(record, slab, error)
         else:
             self.ledger.arrive(record.id)
+
+    def _take_back(self, record: UnitRecord, slab: Slab, error: Exception) -> None:
+        """Publishing has failed at some place, or was ended there by a signal's handler: the slab is free again."""
+        traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep the tensors
+        record.account.client.retract(record.place)
+        self.ledger.fail(record.id, error)
+        if not slab.is_lent:
+            self.ledger.pool.release(slab)
 
     def _give_up(self, record: UnitRecord, slab: Slab, error: BaseException, nbytes_read: int) -> None:
         """The read did not succeed; the slab is free again."""

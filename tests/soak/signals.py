@@ -15,13 +15,9 @@ from pathlib import Path
 
 import torch
 
-from tests.interrupts import Interrupt, Interrupter
+from tests.interrupts import Alarm, Interrupt, Interrupter, kept_for_nobody
 from tests.soak.subject import WAYS, Subject, ids, subject
 from tests.soak.table import Row, Skipped, Wrong, fault, judge
-
-
-class Alarm(Exception):
-    """What a handler of SIGALRM raises, as those of timeouts do."""
 
 
 def _raise_alarm(*_: object) -> None:
@@ -85,23 +81,26 @@ def interrupt(row: Row, full: bool) -> None:
 
 @fault("an interrupt at every place of the library", "signals")
 def everywhere(row: Row, full: bool) -> None:
-    """As a signal's handler would raise it there; of all places every tenth (quickly: a few)."""
+    """As a signal's handler would raise it there, whether or not it is an error; of all places some."""
     for way in WAYS:
         with tempfile.TemporaryDirectory() as scratch, subject(row, Path(scratch) / "model", **way) as one:
             watched = Interrupter()
             with watched.watching():
                 one.passes(1)
             places = set()
-            step = max(1, watched.seen // (300 if full else 12))
+            step = max(1, watched.seen // (150 if full else 6))
             with _Lost() as lost:
-                for at in range(0, watched.seen, step):
-                    interrupter = Interrupter(at)
-                    with interrupter.watching():
-                        end = _pass(one, Interrupt)
-                    if interrupter.fired:
-                        places.add(interrupter.where)
-                    row.note(fired=interrupter.fired, end=end)
-                    one.recovered()
+                for kind in (Interrupt, Alarm):
+                    for at in range(0, watched.seen, step):
+                        interrupter = Interrupter(at, kind)
+                        with interrupter.watching():
+                            end = _pass(one, kind)
+                        if interrupter.fired:
+                            places.add(interrupter.where)
+                        row.note(fired=interrupter.fired, end=end)
+                        one.recovered()
+                        if way["prefetch_depth"] == 0 and (kept := kept_for_nobody(one.streamed)):
+                            raise Wrong(f"memory is kept for {kept} after {interrupter.where}")
             row.notes.append(f"{way}: {len(places)} places; {lost.count} were in finalizers, where Python drops them")
 
 
@@ -110,9 +109,12 @@ def _pass(one: Subject, kind: type[BaseException]) -> str:
     try:
         if not one.right(1):
             raise Wrong("wrong numbers")
-    except kind as thrown:
+    except Wrong:
+        raise
+    except BaseException as thrown:
+        end = judge(thrown, thrown_in=kind)
         thrown.__traceback__ = None
-        return f"clean {kind.__name__}"
+        return end
     return "right"
 
 
