@@ -13,6 +13,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,30 @@ class CheckpointFile:
             raise self._changed(f"taken away while the model was using it ({error.strerror})", weight) from error
         if there.st_ino != self.inode:
             raise self._changed("replaced by another one while the model was using it", weight)
+
+    @staticmethod
+    def last_change(fd: int) -> int:
+        """When an open file was last written to, renamed, linked or given other times: nanoseconds, for comparing only.
+
+        Who puts back what was there, the time of writing included, cannot hide it from who was reading meanwhile.
+        """
+        return os.fstat(fd).st_ctime_ns
+
+    @contextmanager
+    def steady(self, fd: int, *, weight: str | None = None) -> Iterator[None]:
+        """What is read from the open file ``fd`` meanwhile is of the file whose header was read, or WeightReadError
+        (naming ``weight``) is raised at the end.
+        """
+        self.check_unchanged(fd, weight=weight)
+        since = self.last_change(fd)
+        yield
+        self.check_unchanged(fd, weight=weight)
+        if self.last_change(fd) != since:
+            raise self.touched(weight)
+
+    def touched(self, weight: str | None = None) -> WeightReadError:
+        """What to raise when somebody did something to the file while it was read, though it looks as before."""
+        return self._changed("changed and put back while it was being read", weight)
 
     def _changed(self, how: str, weight: str | None) -> WeightReadError:
         return WeightReadError(

@@ -39,10 +39,8 @@ def open_header(file: CheckpointFile) -> Iterator[BinaryIO]:
         yield io.BufferedReader(RemoteStream(file), _REMOTE_BUFFER_NBYTES)
         return
     try:
-        with open(file.path, "rb") as stream:
-            file.check_unchanged(stream.fileno())
+        with open(file.path, "rb") as stream, file.steady(stream.fileno()):
             yield stream
-            file.check_unchanged(stream.fileno())
     except (OSError, WeightReadError) as error:
         raise CheckpointError(
             f"the header of a checkpoint file cannot be read: {getattr(error, 'problem', error)}",
@@ -61,10 +59,8 @@ def open_again(file: CheckpointFile, weight: str) -> Iterator[BinaryIO]:
             raise WeightReadError(error.problem, weight=weight, file=error.file, cure=error.cure) from error
         return
     try:
-        with open(file.path, "rb") as stream:
-            file.check_unchanged(stream.fileno(), weight=weight)
+        with open(file.path, "rb") as stream, file.steady(stream.fileno(), weight=weight):
             yield stream
-            file.check_unchanged(stream.fileno(), weight=weight)
     except OSError as error:
         raise WeightReadError(
             f"the file can no longer be read ({error.strerror})",
@@ -77,7 +73,7 @@ def open_again(file: CheckpointFile, weight: str) -> Iterator[BinaryIO]:
 def read_span(info: WeightInfo, buffer: memoryview) -> None:
     """Fill ``buffer``, exactly ``info.nbytes`` writable bytes, from ``info.span``. Any thread.
 
-    The file is compared with its header's time before and after, so that bytes of a changed file are never handed on.
+    The file is looked at before and after, so that bytes of a changed file are never handed on.
     Raises WeightReadError.
     """
     assert info.span is not None, f"{info.name} has no span"
@@ -94,10 +90,9 @@ def read_span(info: WeightInfo, buffer: memoryview) -> None:
     except OSError as error:
         raise _failed(info, f"the file can no longer be opened ({error.strerror})", "Put the file back") from error
     try:
-        file.check_unchanged(fd, weight=info.name)
-        if buffer.nbytes:
-            _fill(fd, info, buffer.cast("B"))
-        file.check_unchanged(fd, weight=info.name)
+        with file.steady(fd, weight=info.name):
+            if buffer.nbytes:
+                _fill(fd, info, buffer.cast("B"))
     finally:
         os.close(fd)
 

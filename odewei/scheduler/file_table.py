@@ -5,8 +5,9 @@ end short at the end of the file, and are refused by some file systems: those fi
 instead.
 
 A file that is not what it was when its header was read is noticed before its bytes are used: the descriptor is looked
-at after each read, and so is the path, where another file may have taken its place. After any failure the descriptor is
-given up, so that the next read opens whatever is there then: what was put back is found again.
+at after each read, and so is the path, where another file may have taken its place. What was changed and put back while
+it was read is read again. After any failure the descriptor is given up, so that the next read opens whatever is there
+then: what was put back is found again.
 """
 
 from __future__ import annotations
@@ -155,17 +156,22 @@ class FileTable:
         """Have ``work`` read from the open file. Raises WeightReadError for its OSError.
 
         If that fails with a descriptor from before, it is done once more with a fresh one: somebody may have closed the
-        old one, a network's file system may have lost it, or the file may have been put back.
+        old one, a network's file system may have lost it, or the file may have been put back. It is also done once more
+        if something was done to the file meanwhile.
         """
         for is_last in (False, True):
             is_fresh = file not in self._open and file not in self._buffered
             opened = None
             try:
                 opened = self.opened(file)
+                since = file.last_change(opened.fd)
                 work(opened)
                 if opened.is_taken:
                     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-                return
+                if file.last_change(opened.fd) == since:
+                    return
+                if is_last:
+                    raise file.touched()
             except OSError as error:
                 if opened is not None:
                     self.give_up(file, opened)

@@ -100,6 +100,29 @@ def test_a_change_during_the_read_is_noticed(loader: SafetensorsLoader, monkeypa
         read_bytes(loader, info_of(loader))
 
 
+def test_a_change_that_is_taken_back_during_the_read_is_noticed(
+    loader: SafetensorsLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are bytes handed on that were there for a moment, though the file looks as before."""
+    preadv = os.preadv
+
+    def overwritten(fd: int, buffers: list[memoryview], offset: int) -> int:
+        before, content = loader.path.stat(), loader.path.read_bytes()
+        overwrite(loader.path)
+        found = preadv(fd, buffers, offset)
+        loader.path.write_bytes(content)
+        while loader.path.stat().st_ctime_ns == before.st_ctime_ns:  # some clocks stand still for milliseconds
+            os.utime(loader.path)
+        os.utime(loader.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return found
+
+    monkeypatch.setattr(os, "preadv", overwritten)
+    with pytest.raises(WeightReadError, match="put back while it was being read"):
+        read_bytes(loader, info_of(loader))
+    monkeypatch.undo()
+    assert read_bytes(loader, info_of(loader)) == bits(EXPECTED)
+
+
 def test_a_file_that_ends_early_is_an_error(loader: SafetensorsLoader, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read of nothing is the end of the file: an error with the missing bytes, no endless loop."""
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: 0)

@@ -205,6 +205,15 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
+def write_unseen(path: Path, content: bytes) -> None:
+    """Into the file itself, which has its times again afterwards; but some clocks stand still for milliseconds."""
+    before = path.stat()
+    path.write_bytes(content)
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        os.utime(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 @pytest.mark.parametrize("change", [cut, touch, replace, remove])
 def test_a_file_that_is_not_the_same_any_more_is_noticed(
     files: FileTable, file: CheckpointFile, change: Callable[[Path], None]
@@ -239,6 +248,38 @@ def test_a_file_that_is_put_back_is_found_again(files: FileTable, file: Checkpoi
         with pytest.raises(WeightReadError):
             read_all(files, file)
     file.path.with_name("aside").rename(file.path)
+    assert read_all(files, file) == right
+
+
+@pytest.mark.parametrize("opened_before", [False, True])
+@pytest.mark.parametrize("times", [1, 9])
+def test_what_is_changed_and_put_back_during_a_read(
+    files: FileTable, file: CheckpointFile, times: int, opened_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that were there for a moment are not handed on, though the file is the same before and after: it is read
+    again, and where that happens again and again it is an error.
+    """
+    right = file.path.read_bytes()
+    if opened_before:
+        assert read_all(files, file) == right
+    preadv, left = os.preadv, [times]
+
+    def rewritten(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if not left[0]:
+            return preadv(fd, buffers, offset)
+        left[0] -= 1
+        write_unseen(file.path, bytes(NBYTES))
+        found = preadv(fd, buffers, offset)
+        write_unseen(file.path, right)
+        return found
+
+    monkeypatch.setattr(os, "preadv", rewritten)
+    if times == 1:
+        assert read_all(files, file) == right
+        return
+    with pytest.raises(WeightReadError, match=r"put back while it was being read.*weights\.bin"):
+        read_all(files, file)
+    left[0] = 0
     assert read_all(files, file) == right
 
 
