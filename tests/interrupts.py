@@ -17,7 +17,7 @@ from torch import nn
 import odewei
 from odewei.runtime import runtime_of
 
-__all__ = ["Alarm", "Interrupt", "Interrupter", "kept_for_nobody"]
+__all__ = ["Alarm", "Interrupt", "Interrupter", "Lost", "kept_for_nobody"]
 
 _OURS = os.path.dirname(odewei.__file__) + os.sep
 
@@ -62,6 +62,22 @@ class Interrupter:
         if self._at is not None and self.seen > self._at:
             self.where = f"{frame.f_code.co_filename.removeprefix(_OURS)}:{frame.f_lineno}"
             raise self._kind(self.where)
+
+
+class Lost:
+    """Counts what Python drops because it was raised in a finalizer, and keeps none of it, as pytest would."""
+
+    def __enter__(self) -> Lost:
+        self.count = 0
+        self._before = sys.unraisablehook
+        sys.unraisablehook = self._note
+        return self
+
+    def _note(self, _: object) -> None:
+        self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._before
 
 
 def kept_for_nobody(streamed: nn.Module) -> list[str]:

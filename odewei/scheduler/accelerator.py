@@ -48,7 +48,8 @@ class Copy:
 
 
 class Accelerator:
-    """One device with streams. Methods may be called from any thread, and none but ``wait`` waits for the device.
+    """One device with streams. Methods may be called from any thread, and none but ``wait`` and
+    ``wait_for_copies`` waits for the device.
 
     ``memory`` is what slabs on the host are made of. There is one copy stream, for as long as this object lives.
     """
@@ -106,6 +107,10 @@ class Accelerator:
         """Return when the copy is over. Lets other threads run meanwhile."""
         if not copy.landed and copy.done is not None:
             copy.done.synchronize()
+
+    def wait_for_copies(self) -> None:
+        """Return when all copies that were begun are over."""
+        self._copying.synchronize()
 
     def mark(self) -> torch.Event | None:
         """A moment in the current stream of this thread, on the device's clock."""
@@ -177,6 +182,9 @@ class PlainAccelerator(Accelerator):
         target.copy_(source)
         copy.landed = True
         return copy
+
+    def wait_for_copies(self) -> None:
+        pass
 
     def mark(self) -> torch.Event | None:
         return None

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from types import FrameType
 
 import torch
@@ -141,17 +141,25 @@ class SynchronousCopyingDriver(_OnDevice, SynchronousDriver):
     def __init__(self, ledger: Ledger, host: Driver) -> None:
         super().__init__(ledger)
         self._set_up(host)
+        self._holds: Waiter | None = None
+
+    def _mend(self, under_way: Container[int] = ()) -> None:
+        self.accelerator.wait_for_copies()  # one may read from memory on the host that is free
+        if self._holds is not None:
+            self.host.let_go(self._holds)
+            self._holds = None
+        super()._mend(under_way)
 
     def _read(self, record: UnitRecord, slab: Slab) -> None:
         self.ledger.begin_read(record.id, slab)
         assert isinstance(record.reader, DeviceUnit)
         assert record.reader.host is not None
-        waiter = Waiter(record.reader.host.id)
+        self._holds = waiter = Waiter(record.reader.host.id)
         try:
             with record.account.busy:
                 self.host.hold(waiter)
                 if waiter.error is not None:
-                    self._give_up(record, slab, waiter.error, 0)
+                    self._give_up(record, slab, waiter.take_error(), 0)
                     return
                 copy = self._copy(record, slab)
                 if copy is not None:
@@ -160,6 +168,7 @@ class SynchronousCopyingDriver(_OnDevice, SynchronousDriver):
                     self._note_copied(record, copy)
         finally:
             self.host.let_go(waiter)
+        self._holds = None
 
 
 class CopyingDriver(_OnDevice, PrefetchingDriver):
@@ -171,7 +180,9 @@ class CopyingDriver(_OnDevice, PrefetchingDriver):
         super().__init__(ledger, num_readers=1, name=name)
         self._set_up(host)
         self._deciding = threading.RLock()  # one thread at a time
+        self._torn = False  # an interrupt has ended a decision
         self._begun: deque[tuple[UnitRecord, Slab]] = deque()
+        self._reading: set[int] = set()  # units; only the loop's thread changes it
         self._flying: deque[tuple[UnitRecord, DeviceSlab, Copy, Waiter]] = deque()  # in the order of the copy stream
         self._waiting = 0  # reads that wait for their host unit
         self._watcher: asyncio.Task[None] | None = None
@@ -181,12 +192,19 @@ class CopyingDriver(_OnDevice, PrefetchingDriver):
     def poke(self) -> None:
         if not self.ledger.needs_driver() and not self._flying:
             return
-        if not self._is_own_thread() and self._deciding.acquire(blocking=False):
-            try:
-                super()._decide()
-            finally:
-                self._deciding.release()
+        if not self._is_own_thread() and not self._deciding._is_owned():  # type: ignore[attr-defined]
+            self._decide_whole()
         self._wake()
+
+    def _decide_whole(self) -> None:
+        """Until this has ended as it should, it counts as interrupted: then nobody has in hand what it began."""
+        with self._deciding:
+            if self._torn:
+                begun = self._begun.copy()  # first: the loop's thread puts them there before it takes them from here
+                self._mend(self._reading | {record.id for record, _ in begun})
+            self._torn = True
+            super()._decide()
+            self._torn = False
 
     def _begin(self, record: UnitRecord, slab: Slab) -> None:
         self._begun.append((record, slab))
@@ -198,19 +216,25 @@ class CopyingDriver(_OnDevice, PrefetchingDriver):
 
     def _decide(self) -> None:
         self._note_landed()
-        with self._deciding:
-            super()._decide()
+        self._decide_whole()
         while self._begun:
+            self._reading.add(self._begun[0][0].id)
             super()._begin(*self._begun.popleft())
 
     async def _read(self, record: UnitRecord, slab: Slab) -> None:
+        try:
+            await self._hold_and_copy(record, slab)
+        finally:
+            self._reading.discard(record.id)
+
+    async def _hold_and_copy(self, record: UnitRecord, slab: Slab) -> None:
         assert isinstance(record.reader, DeviceUnit)
         assert record.reader.host is not None
         with record.account.busy:
             waiter = await self._hold(record.reader.host.id)
         if waiter.error is not None:
             self.host.let_go(waiter)
-            self._give_up(record, slab, waiter.error, 0)
+            self._give_up(record, slab, waiter.take_error(), 0)
             return
         copy = self._copy(record, slab)
         if copy is None:

@@ -8,6 +8,7 @@ evicts at the end of a layer, evicts there: then that is what was computed up to
 from __future__ import annotations
 
 import weakref
+from collections import deque
 
 import torch
 
@@ -48,26 +49,30 @@ class DevicePool(SlabPool):
     def __init__(self, budget: Budget, accelerator: Accelerator) -> None:
         super().__init__(budget, accelerator.memory)
         self.accelerator = accelerator
-        self._came_back = False  # since the copy stream last waited
+        self._died: deque[object] = deque()  # whose memory came back since the copy stream last waited
 
     def lend(self, slab: Slab) -> torch.Tensor:  # type: ignore[override]
         """The slab's bytes. When every tensor over them has died, the slab is free."""
         assert isinstance(slab, DeviceSlab)
         memory, slab.memory = slab.memory, None
         assert memory is not None, "a slab is lent once"
-        slab.note_lent(memory.untyped_storage())
+        slab.note_lent(memory.untyped_storage(), self._died.append)
         weakref.finalize(memory.untyped_storage(), self._give_back, slab, slab.uses).atexit = False
         return memory
 
     def _new(self, nbytes: int, reservation: Reservation) -> Slab:
-        if self._came_back:
-            self._came_back = False
-            self.accelerator.wait_for_computing()
+        self._catch_up()
         memory = self.accelerator.allocate(nbytes)
-        if self._returned:  # while it was allocated, and perhaps what was allocated
-            self.accelerator.wait_for_computing()
+        self._catch_up()  # it may be what came back meanwhile
         return DeviceSlab(nbytes, reservation, memory)
 
+    def _catch_up(self) -> None:
+        """Have the copy stream wait for all that may have computed with memory that came back."""
+        count = len(self._died)
+        if count:
+            self.accelerator.wait_for_computing()
+        for _ in range(count):  # not before: an interrupt must not have them forgotten
+            self._died.popleft()
+
     def _recycle(self, slab: Slab) -> None:
-        self._came_back = True
         self._unmap(slab)

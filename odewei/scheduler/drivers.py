@@ -10,7 +10,7 @@ import errno
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from types import FrameType
 
 import torch
@@ -25,6 +25,7 @@ from odewei.scheduler.plan import Decision
 from odewei.scheduler.reader import FileTable, Job, Resized, UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slab import Slab
+from odewei.scheduler.states import State
 
 __all__ = ["Driver", "was_closed"]
 
@@ -74,7 +75,7 @@ class Driver(ABC):
             with torch_range("wait", self._name(unit)):
                 self._serve(waiter)
             if waiter.error is not None:
-                raise self._as_seen_by_forward(unit, waiter.error) from waiter.error
+                raise self._as_seen_by_forward(unit, waiter.take_error())
         except BaseException:
             self.ledger.give_up(waiter)
             self.ledger.leave(unit)
@@ -105,9 +106,9 @@ class Driver(ABC):
             self._begin_to_serve(waiter)
 
     def let_go(self, waiter: Waiter) -> None:
-        """Return the lease that ``hold`` took."""
+        """Return the lease that ``hold`` took, if it did."""
         self.ledger.give_up(waiter)
-        self.ledger.let_go(waiter.unit)
+        self.ledger.let_go(waiter)
         self.poke()
 
     def settle(self) -> None:  # noqa: B027  (most have nothing to do)
@@ -154,7 +155,12 @@ class Driver(ABC):
         )
 
     def _as_seen_by_forward(self, unit: int, error: BaseException) -> OdeweiError:
-        name = self._name(unit) or None
+        made = self._with_name(error, self._name(unit) or None)
+        made.__cause__ = error
+        return made
+
+    @staticmethod
+    def _with_name(error: BaseException, name: str | None) -> OdeweiError:
         if isinstance(error, ClosedError):
             return ClosedError(error.problem, module=name, cure=error.cure)
         if isinstance(error, OdeweiError):
@@ -189,6 +195,17 @@ class Driver(ABC):
                 self.ledger.fail(record.id, no_memory(record, limit, error))
             return None
 
+    def _mend(self, under_way: Container[int] = ()) -> None:
+        """An interrupt has ended this thread's work somewhere: units on their way are absent again but those that
+        somebody else has in hand; who is absent is unbound, and memory that was taken for nobody is free.
+        """
+        for record in tuple(self.ledger.units.values()):
+            if record.id not in under_way:
+                self.ledger.restart(record.id)
+                if record.state in (State.ABSENT, State.FAILED):
+                    record.account.client.retract(record.place)
+        self.ledger.pool.reclaim({record.slab for record in self.ledger.units.values()})
+
     def _run_job(self, record: UnitRecord, job: Job, slab: Bytes, files: FileTable) -> int:
         """Run one job of a unit, in the thread that reads. Returns the bytes read."""
         began = time.perf_counter()
@@ -217,7 +234,7 @@ class Driver(ABC):
         traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep the tensors
         record.account.client.retract(record.place)
         self.ledger.fail(record.id, error)
-        if not slab.is_lent:
+        if not slab.is_lent or slab.is_over:
             self.ledger.pool.release(slab)
 
     def _give_up(self, record: UnitRecord, slab: Slab, error: BaseException, nbytes_read: int) -> None:

@@ -115,7 +115,7 @@ class LeaseBook:
     def recount(self, units: Iterable[UnitRecord]) -> None:
         """Count the leases of all units anew, after an interrupt in the middle of a change."""
         for unit in units:
-            unit.leases = unit.held
+            unit.leases = len(unit.holders)
         for thread in self._threads:
             thread.lingering = thread.last = None
             for lease in thread.leases:

@@ -174,7 +174,7 @@ class Ledger(Books):
         later.
         """
         record = self._open_record(waiter.unit)
-        record.held += 1
+        record.holders += (waiter,)
         record.leases += 1
         self._note_access(self._leases.mine(), record)
         if record.state is State.RESIDENT:
@@ -184,11 +184,11 @@ class Ledger(Books):
             self.tally.demand(record, waiter)
 
     @whole
-    def let_go(self, unit: int) -> None:
-        """Return a lease that ``hold`` took."""
-        record = self.units.get(unit)
-        if record is not None:
-            record.held -= 1
+    def let_go(self, waiter: Waiter) -> None:
+        """Return the lease that ``hold`` took, if it did."""
+        record = self.units.get(waiter.unit)
+        if record is not None and waiter in record.holders:
+            record.holders = tuple(other for other in record.holders if other is not waiter)
             record.leases -= 1
 
     @whole
@@ -308,7 +308,7 @@ class Ledger(Books):
     def restart(self, unit: int) -> None:
         """A unit on its way whose read was cut short by an interrupt is ABSENT again; those who wait go on waiting."""
         record = self.units[unit]
-        if record.state is State.STAGED:
+        if record.state in (State.STAGED, State.COPYING):
             self.tally.move(record, State.FAILED)
             self.tally.move(record, State.ABSENT)
             record.slab = None

@@ -88,6 +88,14 @@ class Waiter:
         if self._on_done is not None:
             self._on_done()
 
+    def take_error(self) -> BaseException:
+        """The error, once. Where the one who waits has read itself, its frames are the error's: who kept it in them
+        would keep the whole pass, with its tensors, until the next garbage collection.
+        """
+        error, self.error = self.error, None
+        assert error is not None, "nothing has failed"
+        return error
+
 
 @dataclass
 class Counters:
@@ -206,7 +214,7 @@ class UnitRecord:
     handed_out: bool = False  # a weight of it was once taken by itself: see ``Account.is_held``
     state: State = State.ABSENT
     leases: int = 0
-    held: int = 0  # those of them that belong to no frame
+    holders: tuple[Waiter, ...] = ()  # whose leases of those belong to no frame
     ahead: bool = False  # fetched before its use, and not used since
     stays: bool = False  # never evicted (written to in place, or for good)
     slab: Slab | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 
@@ -46,9 +47,11 @@ class Slab:
         self.uses = 0  # how often it was acquired
         self._lent: weakref.ref[object] | None = None
 
-    def note_lent(self, thing: object) -> None:
-        """``is_over`` asks about it."""
-        self._lent = weakref.ref(thing)
+    def note_lent(self, thing: object, on_death: Callable[[object], object] | None = None) -> None:
+        """``is_over`` asks about it. ``on_death`` is called when it dies, by any thread at any moment; a function that
+        is not Python's own code is always called, whatever interrupts.
+        """
+        self._lent = weakref.ref(thing, on_death)
 
     @property
     def is_lent(self) -> bool:

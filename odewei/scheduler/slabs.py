@@ -101,18 +101,17 @@ class SlabPool(Books):
 
     @whole
     def release(self, slab: Slab) -> None:
-        """Give back a slab that was never lent (reading into it failed)."""
+        """Give back a slab that was never lent (reading into it failed), or is not any more."""
         self._returned.append((slab, slab.uses))
         self._drain()
 
     @whole
-    def reclaim(self, owners: Container[str]) -> None:
-        """After an interrupt, when nothing is being read: slabs that these owners acquired and that were never lent
-        are free.
+    def reclaim(self, kept: Container[Slab | None]) -> None:
+        """After an interrupt, while nothing is acquired: all slabs that were never lent are free, but those ``kept``,
+        and so are those whose finalizer it has ended.
         """
-        self._returned.extend(
-            (slab, slab.uses) for slab in self._in_use if not slab.is_lent and slab.reservation.owner in owners
-        )
+        self._returned.extend((slab, slab.uses) for slab in self._in_use if not slab.is_lent and slab not in kept)
+        self._find_lost(self._in_use)
         self._drain()
 
     @whole

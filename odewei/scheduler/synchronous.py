@@ -9,7 +9,6 @@ from odewei.scheduler.forks import is_held_by_nobody_here
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slab import Slab
-from odewei.scheduler.states import State
 
 __all__ = ["SynchronousDriver"]
 
@@ -68,18 +67,9 @@ class SynchronousDriver(Driver):
 
     def _begin_turn(self) -> None:
         """Until this turn has ended as it should, it counts as interrupted."""
-        self._mend()
-        self._torn = True
-
-    def _mend(self) -> None:
-        """What an interrupted turn has left on its way is absent again, unbound, and its memory free."""
         if self._torn:
-            for record in tuple(self.ledger.units.values()):
-                self.ledger.restart(record.id)
-                if record.state in (State.ABSENT, State.FAILED):
-                    record.account.client.retract(record.place)
-            self.ledger.pool.reclaim({record.name for record in self.ledger.units.values()})
-            self._torn = False
+            self._mend()
+        self._torn = True
 
     def _read(self, record: UnitRecord, slab: Slab) -> None:
         self.ledger.begin_read(record.id, slab)
@@ -102,6 +92,6 @@ class SynchronousDriver(Driver):
 
     def close(self) -> None:
         with self._turn:
-            if not self._reading:  # a reader that closes its own model does not interrupt itself
+            if self._torn and not self._reading:  # a reader that closes its own model does not interrupt itself
                 self._mend()
             super().close()

@@ -1,8 +1,11 @@
 """What holds for both drivers, the plain and the prefetching one; and what holds for the plain one."""
 
+import contextlib
 import errno
+import gc
 import sys
 import threading
+import weakref
 from itertools import count
 
 import pytest
@@ -68,6 +71,29 @@ def test_a_unit_that_cannot_be_bound_fails_alone(depth: int) -> None:
         setup.client.fault = lambda unit: None
         setup.run_pass()
     assert setup.budget.overdrafts == 0
+
+
+@both
+def test_an_error_keeps_nothing_alive_when_it_is_dropped(depth: int) -> None:
+    """Neither what the pass computed with, nor the unit's memory: no garbage collection is needed."""
+
+    def break_one(setup: Setup) -> None:
+        setup.client.fault = lambda unit: TypeError("does not fit") if unit == 1 else None
+
+    with started([PAGE] * 3, 3 * PAGE, break_one, depth=depth) as setup:
+
+        def forward() -> weakref.ref[torch.Tensor]:
+            hidden = torch.ones(3)
+            watched = weakref.ref(hidden)
+            with contextlib.suppress(WeightReadError):
+                setup.enter(int(hidden[0]))
+            return watched
+
+        gc.disable()
+        try:
+            assert forward()() is None
+        finally:
+            gc.enable()
 
 
 @both

@@ -9,6 +9,7 @@ import pytest
 from odewei.errors import ClosedError
 from odewei.scheduler.plan import Window
 from odewei.scheduler.prefetcher import PrefetchingDriver
+from odewei.scheduler.records import Waiter
 
 from .fakes import Forward, Setup, enter_and_get_lost, running_frame, started
 
@@ -44,6 +45,20 @@ def test_leases_of_ended_threads_are_returned() -> None:
     assert setup.ledger.leases() == 1
     setup.visit(1)
     assert setup.ledger.leases() == 0
+
+
+def test_a_lease_that_was_not_taken_is_not_returned() -> None:
+    """Who was interrupted does not know how far it came: it lets go in any case, and perhaps twice."""
+    setup = Setup([64] * 2, 128)
+    setup.visit(0)
+    one, other = Waiter(0), Waiter(0)
+    setup.driver.hold(one)
+    for _ in range(2):
+        setup.driver.let_go(other)
+        assert setup.ledger.leases() == 1
+    for _ in range(2):
+        setup.driver.let_go(one)
+        assert setup.ledger.leases() == 0
 
 
 def test_stale_leases_of_others_are_returned_for_room() -> None:

@@ -6,7 +6,6 @@ import functools
 import os
 import random
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tests.interrupts import Alarm, Interrupt, Interrupter, kept_for_nobody
+from tests.interrupts import Alarm, Interrupt, Interrupter, Lost, kept_for_nobody
 from tests.soak.subject import WAYS, Subject, ids, subject
 from tests.soak.table import Row, Skipped, Wrong, fault, judge
 
@@ -27,22 +26,6 @@ def _raise_alarm(*_: object) -> None:
 def _send_interrupt(delay: float) -> None:
     time.sleep(delay)
     os.kill(os.getpid(), signal.SIGINT)
-
-
-class _Lost:
-    """Counts what Python drops because it was raised in a finalizer."""
-
-    def __enter__(self) -> _Lost:
-        self.count = 0
-        self._before = sys.unraisablehook
-        sys.unraisablehook = self._note
-        return self
-
-    def _note(self, _: object) -> None:
-        self.count += 1
-
-    def __exit__(self, *_: object) -> None:
-        sys.unraisablehook = self._before
 
 
 @fault("SIGALRM at a random moment, its handler raises", "signals")
@@ -89,7 +72,7 @@ def everywhere(row: Row, full: bool) -> None:
                 one.passes(1)
             places = set()
             step = max(1, watched.seen // (150 if full else 6))
-            with _Lost() as lost:
+            with Lost() as lost:
                 for kind in (Interrupt, Alarm):
                     for at in range(0, watched.seen, step):
                         interrupter = Interrupter(at, kind)
@@ -121,7 +104,7 @@ def _pass(one: Subject, kind: type[BaseException]) -> str:
 def _one_signal(one: Subject, kind: type[BaseException], send: Callable[[], object], *, waits: bool = False) -> None:
     """Pass until the signal has come. One that falls into a finalizer is dropped by Python, and the pass is right."""
     end = "right"
-    with _Lost() as lost:
+    with Lost() as lost:
         try:
             send()
             for _ in range(3):
