@@ -38,8 +38,10 @@ def test_what_the_host_reads_is_in_the_rows_of_the_layers(depth: int | str, tmp_
         odewei.close(model)
     assert timeline.summary.passes == 2
     rows = {layer.name: layer for layer in timeline.layers}
-    for index in range(LAYERS):
-        assert rows[f"layers.{index}"].uses == 2
-        assert rows[f"layers.{index}"].bytes_read >= WIDTH * WIDTH * 4
+    layers = [rows[f"layers.{index}"] for index in range(LAYERS)]
+    assert [layer.uses for layer in layers] == [2] * LAYERS
+    read = [layer for layer in layers if layer.bytes_read >= WIDTH * WIDTH * 4]
+    assert len(read) >= (LAYERS if depth == 0 else 1)  # some may have been read ahead before, and kept
+    assert all(layer.bytes_read == 0 for layer in layers if layer not in read)
     assert timeline.summary.budget_bytes == 3 * UNIT >= timeline.summary.peak_bytes > 0
     assert any(span.kind is Kind.READ for span in timeline.spans)
