@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--units", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--shape", choices=("flat", "groups", "experts"), default="flat")
     parser.add_argument("--source", choices=("file", "memory"), default="file")
-    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--passes", type=int, default=5, help="the first and at least one more")
     parser.add_argument("--folder", default=None)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--profile", type=int, default=0, help="print so many lines of the profile of each stage")
@@ -351,6 +351,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="", help=argparse.SUPPRESS)
     parser.add_argument("--trace-allocations", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.passes < 2:
+        parser.error("--passes: at least 2, for the first pass is no measure of the later ones")
     torch.set_num_threads(1)
     if arguments.kind is not None:
         print(json.dumps(MEASURES[arguments.kind](arguments)))

@@ -28,7 +28,7 @@ from odewei.runtime import runtime_of
 from odewei.survey import survey
 from odewei.tables import cache_shares, find_tables
 from tests import models
-from tests.interrupts import Interrupt, Interrupter
+from tests.interrupts import Alarm, Interrupt, Interrupter
 
 ROWS, COLUMNS = 4096, 96  # 1.5 MiB of float32
 TABLE_BYTES = ROWS * COLUMNS * 4
@@ -677,20 +677,21 @@ def test_a_forked_child_looks_up(net: tuple[nn.Module, Path]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # finalizers drop an interrupt
-def test_an_interrupt_anywhere_in_a_look_up(net: tuple[nn.Module, Path]) -> None:
+@pytest.mark.parametrize("kind", [Interrupt, Alarm])
+def test_an_interrupt_anywhere_in_a_look_up(kind: type[BaseException], net: tuple[nn.Module, Path]) -> None:
     """Rows that were being put into their places when it came are never taken for others."""
     model, path = net
     with models.streamed(Net, str(path), memory_budget=SMALL, prefetch_depth=0) as streamed, torch.no_grad():
         fired = at = 0
         while True:
             ids, others = ids_of(at, 1, 40, rows=ROWS), ids_of(at + 10_000, 1, 40, rows=ROWS)
-            interrupter = Interrupter(at)
+            interrupter = Interrupter(at, kind)
             try:
                 with interrupter.watching():
                     streamed.embed(ids)
                 if not interrupter.fired:
                     break
-            except Interrupt:
+            except kind:
                 fired += 1
             for again in (others, ids):
                 assert torch.equal(streamed.embed(again), model.embed(again)), interrupter.where
