@@ -7,93 +7,31 @@ all that is wrong.
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from odewei.errors import CheckpointError, CorruptCheckpointError, OdeweiError, OptionsError
 from odewei.loaders.base import CheckpointFile, WeightInfo
 from odewei.loaders.checkpoint_index import read_index
-from odewei.loaders.numpy_file import arrays_in
+from odewei.loaders.file_loader import open_header
+from odewei.loaders.numpy_file import NumpyLoader, arrays_in
 from odewei.loaders.open_checkpoint import INDEX_SUFFIX, choose
 from odewei.loaders.remote_path import as_place
 from odewei.loaders.sharded import open_weights_file
 from odewei.loaders.sums import SUMS_NAME, KnownSum, find_sum, format_sum, hash_file, read_sums, wrong_sum
+from odewei.loaders.torch_file import TorchLoader
+from odewei.loaders.zip_members import check_sums
+from odewei.verify_report import FileReport, VerifyReport
 
 __all__ = ["FileReport", "OnProgress", "Sums", "VerifyReport", "verify", "write_sums"]
 
 Sums = Literal["beside"] | str | os.PathLike[str] | Mapping[str, str] | None
 OnProgress = Callable[[Path, int, int], object]
 """Told of a file that is being read, how many bytes of all files are done, and how many there are."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileReport:
-    """What was found of one file. ``weights`` is None for one that has none of its own, an index, or could not be read.
-
-    ``sha256`` is what its bytes have, None if they were not read. ``sum_from`` is where the sum that it should have was
-    found, None if nowhere. ``problems`` are sentences; there are none if all is well.
-    """
-
-    path: Path
-    nbytes: int
-    weights: int | None
-    sha256: str | None
-    sum_from: str | None
-    problems: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What ``verify`` has found; ``print`` it for a list of the files."""
-
-    path: Path
-    files: tuple[FileReport, ...]
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """Everything that is wrong, in the order of the files."""
-        return tuple(problem for file in self.files for problem in file.problems)
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is."""
-        return not self.problems
-
-    @property
-    def unsummed(self) -> tuple[Path, ...]:
-        """Files whose bytes were compared with nothing."""
-        return tuple(file.path for file in self.files if file.sum_from is None)
-
-    def as_dict(self) -> dict[str, object]:
-        """The same as plain values, for JSON."""
-        return {
-            "path": str(self.path),
-            "ok": self.ok,
-            "files": [
-                {
-                    "path": str(file.path),
-                    "nbytes": file.nbytes,
-                    "weights": file.weights,
-                    "sha256": file.sha256,
-                    "sum_from": file.sum_from,
-                    "problems": list(file.problems),
-                }
-                for file in self.files
-            ],
-        }
-
-    def __str__(self) -> str:
-        lines = []
-        for file in self.files:
-            held = "" if file.weights is None else f", {file.weights} weights"
-            how = "sum not known" if file.sum_from is None else f"sum of {_shown(Path(file.sum_from).name)}"
-            state = "WRONG" if file.problems else "whole"
-            lines.append(f"{state}  {_shown(file.path)}  ({file.nbytes} bytes{held}, {how})")
-            lines += [f"       {problem}" for problem in file.problems]
-        return "\n".join(lines)
 
 
 def verify(
@@ -103,8 +41,9 @@ def verify(
     byte. The bytes are always read again, in the caller's thread.
 
     ``sums``: "beside" compares each file with the sum that is kept beside it, if one is (``odewei.loaders.sums`` says
-    where); a path names a list as ``sha256sum`` writes it, a mapping has hexadecimal SHA-256 sums, both by names
-    relative to the checkpoint's folder, and every file has to be in it; None looks at headers and spans only.
+    where), else the entries of an archive (.npz, .pt) with its own; a path names a list as ``sha256sum`` writes it, a
+    mapping has hexadecimal SHA-256 sums, both by names relative to the checkpoint's folder, and every file has to be in
+    it; None looks at headers and spans only.
 
     What is wrong with files is in the report. Raises CheckpointError only for what is no checkpoint at all, or a list
     of sums that cannot be read, OptionsError for ``sums`` that are none.
@@ -153,6 +92,8 @@ class _Looked:
         self.weights: int | None = None
         self.sha256: str | None = None
         self.known: KnownSum | None = None
+        self.may_be_archive = False
+        self.has_own = False  # sums, of its entries
         self.problems: list[str] = []
         with self.noting():
             self.file = CheckpointFile.stat(path)
@@ -170,7 +111,7 @@ class _Looked:
             self.problems.append(str(error))
 
     def report(self) -> FileReport:
-        source = None if self.known is None else str(self.known.source)
+        source = str(self.known.source) if self.known is not None else str(self.path) if self.has_own else None
         return FileReport(self.path, self.nbytes, self.weights, self.sha256, source, tuple(self.problems))
 
 
@@ -200,8 +141,27 @@ def _look(
                 one.sha256 = hash_file(one.file, on_bytes)
                 if one.known is not None and one.known.sha256 != one.sha256:
                     raise wrong_sum(one.path, one.known, one.sha256)
+            if one.known is None and one.may_be_archive and lookup is _beside:
+                _check_entries(one, on_bytes if one.sha256 is None else lambda count: None)
         done = before + one.nbytes
     return tuple(one.report() for one in found)
+
+
+def _check_entries(one: _Looked, on_bytes: Callable[[int], object]) -> None:
+    """Compare an archive whose header is right with its own sums. Raises CheckpointError."""
+    assert one.file is not None
+    with open_header(one.file) as stream:
+        if stream.read(2) != b"PK":
+            return  # a .npy file, or torch's old format
+        one.has_own = True
+        try:
+            one.has_own = check_sums(stream, on_bytes)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            raise CorruptCheckpointError(
+                f"an entry of the archive does not have its checksum: {error}",
+                file=str(one.path),
+                cure="Download the file again",
+            ) from error
 
 
 def _headers(start: Path) -> list[_Looked]:
@@ -248,17 +208,14 @@ def _open(one: _Looked) -> Mapping[str, WeightInfo] | None:
     if one.file is None:
         return None
     try:
-        has = open_weights_file(one.path).weights()
+        loader = open_weights_file(one.path)
+        has = loader.weights()
     except OdeweiError as error:
         one.problems.append(str(error))
         return None
     one.weights = len(has)
+    one.may_be_archive = isinstance(loader, NumpyLoader | TorchLoader)
     return has
-
-
-def _shown(path: Path | str) -> str:
-    """A name without what a terminal would obey or cannot print: it may come from the index."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(path))
 
 
 def _start(path: str | os.PathLike[str]) -> Path:

@@ -158,6 +158,47 @@ def test_what_is_no_checkpoint_raises(tmp_path: Path) -> None:
     assert "does not exist" in odewei.verify(tmp_path / "none.safetensors").problems[0]
 
 
+ARCHIVES = {
+    "stored.npz": lambda path: np.savez(path, a=np.arange(4000.0), b=np.ones(3)),
+    "packed.npz": lambda path: np.savez_compressed(path, a=np.random.default_rng(0).normal(size=4000), b=np.ones(3)),
+    "model.pt": lambda path: torch.save({"a": torch.arange(4000.0), "b": torch.ones(3)}, path),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_an_archive_has_sums_of_its_own(name: str, tmp_path: Path) -> None:
+    """A bit that has changed in an entry is found where no other sum is kept, and no sums are written of it."""
+    path = tmp_path / name
+    ARCHIVES[name](path)
+    seen: list[int] = []
+    report = odewei.verify(path, on_progress=lambda file, done, nbytes: seen.append(done))
+    assert report.ok
+    assert not report.unsummed
+    assert "sums of its entries" in str(report)
+    assert seen == sorted(seen)
+    assert path.stat().st_size / 2 < seen[-1] <= path.stat().st_size
+    flip(path, path.stat().st_size // 2)
+    assert odewei.verify(path, sums=None).ok
+    (problem,) = odewei.verify(path).problems
+    assert "does not have its checksum" in problem
+    assert name in problem
+    with pytest.raises(CorruptCheckpointError, match="no sums are written"):
+        write_sums(path)
+
+
+def test_an_archive_without_sums_of_its_own(tmp_path: Path) -> None:
+    """torch can leave them out: then nothing was compared."""
+    path = tmp_path / "model.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(4000.0)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    report = odewei.verify(path)
+    assert report.ok
+    assert report.unsummed == (path,)
+
+
 def test_progress_goes_from_nothing_to_all(checkpoint: Path) -> None:
     """Bytes done never fall, and end at the bytes of all files."""
     write_sums(checkpoint)

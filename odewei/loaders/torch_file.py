@@ -28,7 +28,7 @@ from odewei.loaders.pickle_scan import scan_pickle
 from odewei.loaders.remote_path import RemoteOptions, RemotePath
 from odewei.loaders.sums import Verify
 from odewei.loaders.tensors import check_plain, contiguous_stride
-from odewei.loaders.zip_members import data_offset
+from odewei.loaders.zip_members import data_offset, read_stored
 
 __all__ = ["TorchLoader"]
 
@@ -160,15 +160,20 @@ def _entries(stream: BinaryIO, file: CheckpointFile) -> dict[int, int]:
                 raise zipfile.BadZipFile("two entries have the same name")
             if "constants.pkl" in names:
                 _refuse(file, "this is a TorchScript program, not a file of weights", "Save its state_dict() instead")
-            places = dict(_place(member, stream, file) for member in members)
+            places = [_place(member, stream, file) for member in members]
+
+            def read(name: str) -> bytes:
+                at = names.index(name)
+                return read_stored(members[at], stream, places[at][0])
+
             # Not only wrong numbers: torch crashes when it swaps the bytes of a storage that has none.
-            order = archive.read(members[names.index("byteorder")]).decode() if "byteorder" in names else "little"
+            order = read("byteorder").decode() if "byteorder" in names else "little"
             if order != sys.byteorder:
                 _refuse(file, f"the tensors are stored in {order!r} byte order, this machine differs", _RESAVE)
             if "data.pkl" not in names:
                 raise zipfile.BadZipFile("there is no data.pkl in it")
-            scan_pickle(archive.read(members[names.index("data.pkl")]), len(places), file=str(file.path))
-            return places
+            scan_pickle(read("data.pkl"), len(places), file=str(file.path))
+            return dict(places)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
         raise CorruptCheckpointError(
             f"the archive contradicts itself or is truncated (it has {file.size} bytes): {error}",

@@ -8,10 +8,10 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
-__all__ = ["MAX_DEFLATE_RATIO", "check_disjoint", "data_offset", "inflate"]
+__all__ = ["MAX_DEFLATE_RATIO", "check_disjoint", "check_sums", "data_offset", "inflate", "read_stored"]
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 _PIECE_NBYTES = 1 << 18
@@ -47,6 +47,40 @@ def check_disjoint(members: Sequence[tuple[zipfile.ZipInfo, int]]) -> None:
         if member.header_offset < end:
             raise zipfile.BadZipFile(f"entry {member.filename!r} overlaps {before!r}")
         end, before = begin + member.compress_size, member.filename
+
+
+def read_stored(member: zipfile.ZipInfo, stream: BinaryIO, begin: int) -> bytes:
+    """The bytes of a stored member, whose data begin there. Raises BadZipFile if they do not have its checksum.
+
+    A checksum of 0 is none: torch writes that where ``set_crc32_options(False)`` was asked for.
+    """
+    stream.seek(begin)
+    found = stream.read(member.file_size)
+    if len(found) != member.file_size or (member.CRC and zlib.crc32(found) != member.CRC):
+        raise zipfile.BadZipFile(f"entry {member.filename!r} does not have its checksum")
+    return found
+
+
+def check_sums(stream: BinaryIO, on_bytes: Callable[[int], object] = lambda nbytes: None) -> bool:
+    """Compare the entries of an archive with the CRC-32 that it has of each; whether it has any. ``on_bytes`` is told
+    how many bytes of the file are done.
+
+    An entry whose sum is 0 has none, see ``read_stored``. Raises BadZipFile for the first entry that has another, or is
+    not all there, zlib.error for one that cannot be inflated.
+    """
+    has_any = False
+    with zipfile.ZipFile(stream) as archive:
+        for member in archive.infolist():
+            done = 0
+            if member.CRC:
+                has_any = True
+                with archive.open(member) as entry:
+                    while piece := entry.read(_PIECE_NBYTES):  # raises at the end
+                        count = min(len(piece), member.compress_size - done)  # of a deflated one, roughly
+                        done += count
+                        on_bytes(count)
+            on_bytes(member.compress_size - done)
+    return has_any
 
 
 def inflate(stream: BinaryIO, nbytes: int) -> Iterator[bytes]:

@@ -179,6 +179,25 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
         TorchLoader(path).weights()
 
 
+def test_archives_without_checksums_are_read(tmp_path: Path) -> None:
+    """torch reads what it has written with ``set_crc32_options(False)``; a wrong sum is still one."""
+    path = tmp_path / "w.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.arange(100)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    loader = TorchLoader(str(path))
+    assert torch.equal(loader("", ["w"])["w"], torch.arange(100))
+    torch.save({"w": torch.arange(100)}, path)
+    content = path.read_bytes()
+    path.write_bytes(
+        content.replace(b"collections\nOrderedDict", b"collections\nOrderedDicu").replace(b"little", b"littlE")
+    )
+    with pytest.raises(CorruptCheckpointError, match="does not have its checksum"):
+        TorchLoader(str(path)).weights()
+
+
 def test_archives_written_anew_are_right_or_refused(tmp_path: Path) -> None:
     """Offsets that torch derives from the usual layout are not believed for another one; offsets it looks up are."""
     tensors = {f"w{i}": random_tensor(torch.float32, (i + 1,), i) for i in range(5)}
