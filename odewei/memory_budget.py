@@ -15,8 +15,9 @@ import torch
 from odewei.errors import OptionsError
 from odewei.scheduler.accelerator import Accelerator, accelerator_for
 from odewei.scheduler.budget import Budget, format_nbytes, parse_nbytes
-from odewei.scheduler.device_copy import CopyingDriver, SynchronousCopyingDriver
+from odewei.scheduler.device_copy import CopyingDriver
 from odewei.scheduler.device_pool import DevicePool
+from odewei.scheduler.device_synchronous import SynchronousCopyingDriver
 from odewei.scheduler.drivers import Driver
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.machine import AutoLimit, check_room

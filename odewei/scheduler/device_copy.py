@@ -19,159 +19,23 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Container, Sequence
-from types import FrameType
+from collections.abc import Sequence
 
-import torch
-
-from odewei.errors import OdeweiError, WeightReadError
-from odewei.scheduler.accelerator import Accelerator, Copy
-from odewei.scheduler.device_pool import DevicePool, DeviceSlab
-from odewei.scheduler.device_time import DeviceTime
+from odewei.errors import OdeweiError
+from odewei.scheduler.accelerator import Copy
+from odewei.scheduler.device_pool import DeviceSlab
+from odewei.scheduler.device_synchronous import OnDevice
 from odewei.scheduler.device_units import DeviceUnit
 from odewei.scheduler.drivers import Driver
 from odewei.scheduler.ledger import Ledger
 from odewei.scheduler.prefetcher import PrefetchingDriver
-from odewei.scheduler.reader import Resized
-from odewei.scheduler.records import Account, UnitRecord, Waiter
+from odewei.scheduler.records import UnitRecord, Waiter
 from odewei.scheduler.slab import Slab
-from odewei.scheduler.synchronous import SynchronousDriver
 
-__all__ = ["CopyingDriver", "SynchronousCopyingDriver"]
-
-
-class _OnDevice(Driver):
-    """What both drivers do on a device."""
-
-    accelerator: Accelerator
-    host: Driver
-    time: DeviceTime
-
-    def _set_up(self, host: Driver) -> None:
-        """``host`` drives the other tier."""
-        assert isinstance(self.ledger.pool, DevicePool)
-        self.accelerator = self.ledger.pool.accelerator
-        self.host = host
-        self.time = DeviceTime(self.accelerator)
-
-    def enter_pass(self, account: Account, frame: FrameType) -> None:
-        self.accelerator.note_stream()
-        if self.ledger.enter_pass(account, frame):
-            self.time.begin()
-
-    def leave_pass(self, account: Account) -> None:
-        if self.ledger.leave_pass(account):
-            self.time.end(account)
-
-    def settle(self) -> None:
-        self.time.collect()
-
-    def enter(self, unit: int, frame: FrameType, *, lingers: bool = False) -> None:
-        super().enter(unit, frame, lingers=lingers)
-        self.accelerator.note_stream()
-        record = self.ledger.units[unit]
-        slab = record.slab
-        if isinstance(slab, DeviceSlab) and not slab.shown:
-            self._show(record, slab)
-
-    def _show(self, record: UnitRecord, slab: DeviceSlab) -> None:
-        """Somebody is about to compute with a unit whose copy may be under way."""
-        assert slab.copy is not None
-        if not slab.copy.landed:
-            with self.time.waiting(record.account):
-                self.accelerator.let_use(slab.copy)
-        self._bind(record, slab)
-
-    def _bind(self, record: UnitRecord, slab: DeviceSlab) -> None:
-        record.account.client.bind(record.place)
-        slab.shown = True
-
-    def _note_copied(self, record: UnitRecord, copy: Copy) -> None:
-        """A copy is over: count its time, and tell who watches."""
-        self.time.landed(record.account, copy)
-        if self.ledger.observer is not None and (span := self.time.on_host(copy)) is not None:
-            self.ledger.observer.copied(record.id, *span, copy.nbytes)
-
-    def _copy(self, record: UnitRecord, slab: Slab) -> Copy | None:
-        """Begin the copy of a unit whose host unit is leased, and publish it. None: it failed, which is told."""
-        if record.account.closed is not None:
-            self._give_up(record, slab, record.account.closed, 0)
-            return None
-        assert isinstance(slab, DeviceSlab)
-        assert isinstance(record.reader, DeviceUnit)
-        copy = None
-        try:
-            source = record.reader.source()
-            assert slab.memory is not None
-            if source.numel():
-                copy = self.accelerator.copy(slab.memory, source)
-            else:
-                copy = Copy(0, source)
-                copy.landed = True
-        except Resized as error:
-            self._give_up(record, slab, error, 0)
-            return None
-        except RuntimeError as error:
-            self._give_up(record, slab, _cannot_copy(self.accelerator.device, error), 0)
-            return None
-        slab.copy = copy
-        self.ledger.finish_read(record.id, copy.nbytes)
-        self.ledger.begin_copy(record.id)
-        try:
-            record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
-        except Exception as error:
-            self._take_back(record, slab, error)
-        else:
-            self.ledger.arrive(record.id)
-        return copy
+__all__ = ["CopyingDriver"]
 
 
-def _cannot_copy(device: torch.device, error: RuntimeError) -> OdeweiError:
-    made = WeightReadError(
-        f"copying to {device} failed: {error}",
-        cure="If the device itself is in trouble, start the process again",
-    )
-    made.__cause__ = error
-    return made
-
-
-class SynchronousCopyingDriver(_OnDevice, SynchronousDriver):
-    """The plain twin on a device: read, copy, wait, compute. Serves one model; ``host`` is synchronous too."""
-
-    def __init__(self, ledger: Ledger, host: Driver) -> None:
-        super().__init__(ledger)
-        self._set_up(host)
-        self._holds: Waiter | None = None
-
-    def _mend(self, under_way: Container[int] = ()) -> None:
-        self.accelerator.wait_for_copies()  # one may read from memory on the host that is free
-        if self._holds is not None:
-            self.host.let_go(self._holds)
-            self._holds = None
-        super()._mend(under_way)
-
-    def _read(self, record: UnitRecord, slab: Slab) -> None:
-        self.ledger.begin_read(record.id, slab)
-        assert isinstance(record.reader, DeviceUnit)
-        assert record.reader.host is not None
-        self._holds = waiter = Waiter(record.reader.host.id)
-        try:
-            with record.account.busy:
-                self.host.hold(waiter)
-                if waiter.error is not None:
-                    self._give_up(record, slab, waiter.take_error(), 0)
-                    return
-                copy = self._copy(record, slab)
-                if copy is not None:
-                    self.accelerator.wait(copy)
-                    copy.landed = True
-                    self._note_copied(record, copy)
-        finally:
-            self.host.let_go(waiter)
-        self._holds = None
-
-
-class CopyingDriver(_OnDevice, PrefetchingDriver):
+class CopyingDriver(OnDevice, PrefetchingDriver):
     """Copies ahead on the copy stream. One more thread, which waits for copies only while somebody waits for the
     memory that they hold on the host.
     """
@@ -200,7 +64,7 @@ class CopyingDriver(_OnDevice, PrefetchingDriver):
         """Until this has ended as it should, it counts as interrupted: then nobody has in hand what it began."""
         with self._deciding:
             if self._torn:
-                begun = self._begun.copy()  # first: the loop's thread puts them there before it takes them from here
+                begun = self._begun.copy()  # first: the loop's thread adds to the others before it takes from here
                 self._mend(self._reading | {record.id for record, _ in begun})
             self._torn = True
             super()._decide()
