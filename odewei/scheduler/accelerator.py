@@ -109,7 +109,7 @@ class Accelerator:
             copy.done.synchronize()
 
     def wait_for_copies(self) -> None:
-        """Return when all copies that were begun are over."""
+        """Return when all copies that were begun are over. Raises RuntimeError if the device is in trouble."""
         self._copying.synchronize()
 
     def mark(self) -> torch.Event | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Container
 from types import FrameType
 
@@ -126,7 +127,8 @@ class SynchronousCopyingDriver(OnDevice, SynchronousDriver):
         self._holds: Waiter | None = None
 
     def _mend(self, under_way: Container[int] = ()) -> None:
-        self.accelerator.wait_for_copies()  # one may read from memory on the host that is free
+        with contextlib.suppress(RuntimeError):  # the device is in trouble, which whoever computes will hear
+            self.accelerator.wait_for_copies()  # one may read from memory on the host that is free
         if self._holds is not None:
             self.host.let_go(self._holds)
             self._holds = None

@@ -48,8 +48,8 @@ class Slab:
         self._lent: weakref.ref[object] | None = None
 
     def note_lent(self, thing: object, on_death: Callable[[object], object] | None = None) -> None:
-        """``is_over`` asks about it. ``on_death`` is called when it dies, by any thread at any moment; a function that
-        is not Python's own code is always called, whatever interrupts.
+        """``is_over`` asks about it. ``on_death`` is called with a weak reference when it dies, by any thread at any
+        moment. A signal's handler that raises can end it before it has done anything, unless it is written in C.
         """
         self._lent = weakref.ref(thing, on_death)
 

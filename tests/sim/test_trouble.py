@@ -117,6 +117,33 @@ class Failing(Accelerator):
             raise RuntimeError("device lost")
         super().wait(copy)
 
+    def wait_for_copies(self) -> None:
+        if self.failing:
+            raise RuntimeError("device lost")
+        super().wait_for_copies()
+
+
+def test_a_device_that_is_lost_after_an_interrupt(stack: Case, sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is mended then does not wait for it: the forward gets its error, and closing ends."""
+    file, x, _ = stack
+    device = Failing(sim.device, accelerated.SimMemory(sim))
+    monkeypatch.setattr(memory_budget, "accelerator_for", lambda _: device)
+    model = init_on_demand_weights_model(Stack, file, device="sim", memory_budget=2 * POSITIONS, prefetch_depth=0)
+
+    def interrupted(copy: Copy) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(device, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+    device.failing = True
+    with torch.no_grad(), pytest.raises(WeightReadError, match="device lost"):
+        model(x)
+    odewei.close(model)
+    torch.accelerator.synchronize()
+    sim.report()  # as below
+
 
 @pytest.mark.parametrize("depth", [0, 1, "auto"])
 def test_a_device_that_is_lost(stack: Case, sim: Simulator, monkeypatch: pytest.MonkeyPatch, depth: int | str) -> None:
