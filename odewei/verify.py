@@ -115,7 +115,8 @@ class _Looked:
         return FileReport(self.path, self.nbytes, self.weights, self.sha256, source, tuple(self.problems))
 
 
-_Lookup = Callable[[Path], KnownSum | None]
+_Lookup = Callable[[Path], KnownSum | None] | None
+"""Where the sum of a file is; None: bytes are not looked at."""
 
 
 def _look(
@@ -136,12 +137,12 @@ def _look(
         if one.file is None:
             continue
         with one.noting():
-            one.known = lookup(one.path)
+            one.known = None if lookup is None else lookup(one.path)
             if one.known is not None or hash_all:
                 one.sha256 = hash_file(one.file, on_bytes)
                 if one.known is not None and one.known.sha256 != one.sha256:
                     raise wrong_sum(one.path, one.known, one.sha256)
-            if one.known is None and one.may_be_archive and lookup is _beside:
+            if one.known is None and one.may_be_archive and lookup is not None:
                 _check_entries(one, on_bytes if one.sha256 is None else lambda count: None)
         done = before + one.nbytes
     return tuple(one.report() for one in found)
@@ -242,7 +243,7 @@ def _beside(path: Path) -> KnownSum | None:
 def _lookup(sums: Sums, folder: Path) -> _Lookup:
     """How the sum of a file is found. Raises CheckpointError, OptionsError."""
     if sums is None:
-        return lambda path: None
+        return None
     if isinstance(sums, str) and sums == "beside":
         return _beside
     if isinstance(sums, str | os.PathLike):

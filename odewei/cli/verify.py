@@ -26,7 +26,8 @@ def command(context: click.Context, path: Path, sums: Path | None, no_sums: bool
     """Check every header and span of a checkpoint and, where sums are known, every byte.
 
     PATH is what open_checkpoint takes: a file of weights, an index, a folder. Sums are looked for in SHA256SUMS and in
-    the cache of the Hugging Face hub. The exit status is 1 if anything is wrong.
+    the cache of the Hugging Face hub; without them, archives (.pt, .npz) have those of their entries. The exit status
+    is 1 if anything is wrong.
     """
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

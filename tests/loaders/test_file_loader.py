@@ -13,6 +13,7 @@ from odewei.errors import CheckpointError, CheckpointNotFoundError, WeightReadEr
 from odewei.loaders import CheckpointFile, SafetensorsLoader, WeightInfo
 from odewei.loaders.file_loader import open_header
 from odewei.loaders.json_pairs import no_duplicates
+from tests.files import write_unseen
 
 from .conformance import bits, random_tensor, read_bytes
 
@@ -107,13 +108,10 @@ def test_a_change_that_is_taken_back_during_the_read_is_noticed(
     preadv = os.preadv
 
     def overwritten(fd: int, buffers: list[memoryview], offset: int) -> int:
-        before, content = loader.path.stat(), loader.path.read_bytes()
-        overwrite(loader.path)
+        content = loader.path.read_bytes()
+        write_unseen(loader.path, bytes(len(content)))
         found = preadv(fd, buffers, offset)
-        loader.path.write_bytes(content)
-        while loader.path.stat().st_ctime_ns == before.st_ctime_ns:  # some clocks stand still for milliseconds
-            os.utime(loader.path)
-        os.utime(loader.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        write_unseen(loader.path, content)
         return found
 
     monkeypatch.setattr(os, "preadv", overwritten)

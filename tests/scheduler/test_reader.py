@@ -19,6 +19,7 @@ from odewei.scheduler import read_plan
 from odewei.scheduler.host_memory import PAGE, Bytes
 from odewei.scheduler.reader import FileTable, PlannedUnit, open_direct, tensors_over
 from odewei.scheduler.reads import Placement, ReadSettings, Wanted
+from tests.files import write_unseen
 
 NBYTES = 3 * PAGE + 1000
 Preadv = Callable[[int, Sequence[memoryview], int], int]
@@ -203,15 +204,6 @@ def replace(path: Path) -> None:
 
 def remove(path: Path) -> None:
     path.unlink()
-
-
-def write_unseen(path: Path, content: bytes) -> None:
-    """Into the file itself, which has its times again afterwards; but some clocks stand still for milliseconds."""
-    before = path.stat()
-    path.write_bytes(content)
-    while path.stat().st_ctime_ns == before.st_ctime_ns:
-        os.utime(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.mark.parametrize("change", [cut, touch, replace, remove])
