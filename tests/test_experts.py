@@ -21,7 +21,8 @@ from odewei import errors, hf
 from odewei.experts import find_experts, listed_experts
 from odewei.loaders import SafetensorsLoader
 from odewei.runtime import runtime_of
-from odewei.sliced import Sliced
+from odewei.placeholder import Placeholder
+from odewei.sliced import SlicedWeight
 from odewei.survey import survey
 from odewei.torch import init_on_demand_weights_model
 from odewei.units import partition
@@ -484,7 +485,8 @@ def test_describing_loads_nothing(pair: tuple[nn.Module, nn.Module]) -> None:
     expected = experts_of(model).gate_up_proj.detach()
     for got in (experts_of(streamed).gate_up_proj, dict(experts_of(streamed).named_parameters())["gate_up_proj"]):
         assert isinstance(got, nn.Parameter)
-        assert isinstance(got, Sliced)
+        assert isinstance(got, Placeholder)
+        assert isinstance(got.home.part, SlicedWeight)
         for ask in (
             lambda weight: (weight.shape, weight.dtype, weight.device, weight.ndim, weight.requires_grad, len(weight)),
             lambda weight: (weight.size(1), weight.stride(), weight.numel(), weight.nbytes, weight.is_contiguous()),

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import odewei
 from odewei import errors
-from odewei.looked_up import LookedUp
+from odewei.looked_up import LookUps
+from odewei.placeholder import Placeholder
 from odewei.runtime import runtime_of
 from odewei.survey import survey
 from odewei.tables import cache_shares, find_tables
@@ -421,7 +422,8 @@ def test_describing_loads_nothing(pair: tuple[nn.Module, nn.Module]) -> None:
         got = streamed.embed.weight if name == "attribute" else dict(streamed.named_parameters())["embed.weight"]
         expected = model.embed.weight.detach()
         assert isinstance(got, nn.Parameter)
-        assert isinstance(got, LookedUp)
+        assert isinstance(got, Placeholder)
+        assert isinstance(got.home.part, LookUps)
         for ask in (
             lambda weight: (
                 weight.shape,
@@ -566,13 +568,13 @@ def test_tying_afterwards(pair: tuple[nn.Module, nn.Module]) -> None:
         assert models.same_bits([heads[0](x)], [heads[1](x)])
 
 
-def test_state_dict_and_hold(pair: tuple[nn.Module, nn.Module]) -> None:
+def test_state_dict_and_load(pair: tuple[nn.Module, nn.Module]) -> None:
     """Both give the whole table."""
     model, streamed = pair
     assert torch.equal(streamed.state_dict()["embed.weight"], model.embed.weight)
-    held = runtime_of(streamed).binder.hold(len(runtime_of(streamed).units) - 1)
-    assert type(held["embed.weight"]) is nn.Parameter
-    assert torch.equal(held["embed.weight"], model.embed.weight)
+    real = runtime_of(streamed).binder.load(len(runtime_of(streamed).units) - 1, "embed.weight")
+    assert isinstance(real, nn.Parameter)
+    assert torch.equal(real, model.embed.weight)
 
 
 def test_materialize(pair: tuple[nn.Module, nn.Module]) -> None:

@@ -50,7 +50,7 @@ def test_a_unit_that_leaves_meanwhile_is_not_held(tmp_path: Path, monkeypatch: p
     with models.streamed(build, path) as streamed:
         models.outputs(streamed, models.CASES["llama"].inputs(0))
         addresses = {module.weight.data_ptr() for module in streamed.modules() if isinstance(module, nn.Linear)}
-        monkeypatch.setattr(runtime_of(streamed).binder, "resident", lambda unit, name: None)
+        monkeypatch.setattr(runtime_of(streamed).binder, "find", lambda unit, name: None)
         state = streamed.state_dict()
         monkeypatch.undo()
         assert not addresses & {tensor.data_ptr() for tensor in state.values()}

@@ -20,7 +20,7 @@ from odewei.errors import CheckpointError, CheckpointNotFoundError, OdeweiError,
 from odewei.pretrained.build import build_pretrained
 from odewei.pretrained.folder import read_json
 from odewei.pretrained.options import StreamOptions, required
-from odewei.runtime import find_runtime
+from odewei.runtime import runtime_of, runtimes_in
 
 __all__ = ["Pipeline", "stream_folder", "stream_parts"]
 
@@ -87,7 +87,7 @@ def stream_parts(
             cure="Give a folder with a model_index.json, or a pipeline",
         )
     place = _folder(pipeline, folder)
-    models = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and find_runtime(part) is None}
+    models = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and not runtimes_in(part)}
     configs = {name: getattr(part, "config", None) for name, part in models.items()}
     classes = {name: type(part) for name, part in models.items()}
     with ExitStack() as undo:
@@ -122,9 +122,7 @@ def _streamed(
             trusts_code=trusts_code,
             options=options,
         )
-        runtime = find_runtime(made[name])
-        assert runtime is not None
-        undo.callback(runtime.close)
+        undo.callback(runtime_of(made[name]).close)
     return made
 
 

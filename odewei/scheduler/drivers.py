@@ -87,9 +87,9 @@ class Driver(ABC):
         self.ledger.leave(unit)
         self.poke()
 
-    def enter_pass(self, account: Account, frame: FrameType) -> None:
-        """This thread enters a model, whose call runs in ``frame``."""
-        self.ledger.enter_pass(account, frame)
+    def enter_pass(self, account: Account, frame: FrameType) -> bool:
+        """This thread enters a model, whose call runs in ``frame``. Whether it was outside of every model."""
+        return self.ledger.enter_pass(account, frame)
 
     def leave_pass(self, account: Account) -> None:
         """This thread leaves a model, whether by return or by exception."""

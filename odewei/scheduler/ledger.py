@@ -219,6 +219,10 @@ class Ledger(Books):
         """
         return self.tally.lacks_any() or bool(self.tally.demanded) or bool(self.wants) or self._torn
 
+    def is_inside(self) -> bool:
+        """Whether this thread is inside a forward pass. Takes no lock: it asks about this thread only."""
+        return self._leases.is_inside()
+
     # -- whoever drives: one thread at a time ------------------------------------------------------------------------
 
     @whole
