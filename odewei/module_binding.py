@@ -139,7 +139,9 @@ def _original(value: Any) -> Any:
 
 def real_of(placeholder: Placeholder) -> torch.Tensor:
     """What computes, for a forward that takes a weight outside of the module that its unit hangs on."""
-    real = placeholder.fetch()
+    real = placeholder.home.stream.resident(placeholder.home)
+    if real is None:
+        real = placeholder.fetch()
     if placeholder.requires_grad and torch.is_grad_enabled():
         return in_graph([placeholder], [real])[0]
     return real if placeholder.is_owner else real.detach().requires_grad_(placeholder.requires_grad)

@@ -119,6 +119,11 @@ class Placeholder(torch.Tensor):
         return self.home.owner == id(self)
 
     @property
+    def is_of_state(self) -> bool:
+        """Whether ``state_dict()`` has made it."""
+        return "_for_state" in self.__dict__
+
+    @property
     def requires_grad(self) -> bool:
         return torch.Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined, no-any-return]
 
@@ -179,7 +184,7 @@ class Placeholder(torch.Tensor):
 
     def exported(self) -> torch.Tensor:
         """For whoever may write into its memory without torch: what is written is noticed when the unit is to leave."""
-        if self.__dict__.get("_for_state"):
+        if self.is_of_state:
             return self.content()
         exposed = self.home.stream.expose(self.home)
         return exposed if self.is_owner else exposed.detach().requires_grad_(self.requires_grad)
@@ -189,7 +194,7 @@ class Placeholder(torch.Tensor):
 
         What ``state_dict()`` made has it outside of the budget, as long as the weight is as in the checkpoint.
         """
-        if self.__dict__.get("_for_state"):
+        if self.is_of_state:
             found = self.home.stream.saved_state(self.home)
             if found is not None:
                 self.__dict__["_mapped"] = found  # as long as this lives

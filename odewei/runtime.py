@@ -242,6 +242,12 @@ class Runtime:
         self.order = tuple(order)
         return tuple(units)
 
+    def names(self) -> dict[int, str]:
+        """The names of the model's modules, by their numbers (``id``), whatever they are wrapped in now."""
+        root = self._model()
+        found = {} if root is None else {id(module): name for name, module, _ in walk(root)}
+        return found | {id(module): name for name, one in self.hooked.items() if (module := one()) is not None}
+
     @property
     def trace_path(self) -> Path | None:
         """Where the order of the layers is kept, beside the checkpoint; None if that is in no file."""

@@ -150,7 +150,8 @@ def _call_leased(
     """``frame`` is the caller's, at whose end the leases end: a frame that held itself would keep the tensors until the
     collector comes by.
     """
-    call = _Call(frame, graph=below_autograd is None and torch.is_grad_enabled() and not _writes(func, kwargs))
+    writes = bool(below_autograd) or _writes(func, kwargs)
+    call = _Call(frame, writes=writes, graph=below_autograd is None and torch.is_grad_enabled() and not writes)
     try:
         args, kwargs = tree_map_only(Placeholder, call.real, args), tree_map_only(Placeholder, call.real, kwargs)
         with call.saving():
@@ -165,9 +166,9 @@ def _call_leased(
 class _Call:
     """The real tensors of one call."""
 
-    def __init__(self, frame: FrameType, *, graph: bool) -> None:
-        """``graph``: gradients are computed for placeholders."""
-        self._frame, self._graph = frame, graph
+    def __init__(self, frame: FrameType, *, writes: bool, graph: bool) -> None:
+        """``writes``: into its arguments. ``graph``: gradients are computed for placeholders."""
+        self._frame, self._writes, self._graph = frame, writes, graph
         self._releases: list[Callable[[], None]] = []
         self._stood_for: list[tuple[Placeholder, torch.Tensor, tuple[Any, ...]]] = []
         self.tensors: dict[int, torch.Tensor] = {}  # by the number of their home
@@ -183,6 +184,8 @@ class _Call:
         for known, tensor, _ in self._stood_for:
             if known is placeholder:
                 return tensor
+        if placeholder.is_of_state and not self._writes:
+            return placeholder.content()
         tensor, release = placeholder.lease(self._frame)
         self._releases.append(release)
         self.tensors[id(placeholder.home)] = tensor

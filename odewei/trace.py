@@ -130,7 +130,7 @@ def _without_weights(model: nn.Module, runtime: Runtime, entered: list[str]) -> 
     The names of the modules entered that units hang on are appended to ``entered``: those that they had when the streamed
     model was built, wherever they are now.
     """
-    names = {id(module): name for name, one in runtime.hooked.items() if (module := one()) is not None}
+    names = runtime.names()
     noted = frozenset(holders(runtime.units))
     made: dict[int, nn.Parameter] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
