@@ -137,12 +137,29 @@ def _original(value: Any) -> Any:
     return original_of(value) or value
 
 
+_PLAIN, _IN_GRAPH, _TRACED = "plain", "in graph", "traced"
+
+
+def _kind_wanted() -> str:
+    """What modules are to be given: the real parameters; what leads gradients to the parameters that have no values;
+    or constants, which is what weights are to the tracer of torch.jit.
+
+    Autocast keeps its casts of whatever is a leaf and may be trained, a second model, until it ends: it gets no leaves.
+    """
+    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+        return _IN_GRAPH if torch._C._get_tracing_state() is None else _TRACED
+    return _PLAIN if torch._C._get_tracing_state() is None else _TRACED
+
+
 def real_of(placeholder: Placeholder) -> torch.Tensor:
     """What computes, for a forward that takes a weight outside of the module that its unit hangs on."""
     real = placeholder.home.stream.resident(placeholder.home)
     if real is None:
         real = placeholder.fetch()
-    if placeholder.requires_grad and torch.is_grad_enabled():
+    kind = _kind_wanted()
+    if kind is _TRACED:
+        return real.detach()
+    if placeholder.requires_grad and kind is _IN_GRAPH:
         return in_graph([placeholder], [real])[0]
     return real if placeholder.is_owner else real.detach().requires_grad_(placeholder.requires_grad)
 
@@ -159,7 +176,7 @@ class UnitBinding:
     clears. Every state that this may be in is right, so there is no lock.
     """
 
-    __slots__ = ("__weakref__", "_binder", "_bound", "_graph", "_inside", "_modules", "id", "unit")
+    __slots__ = ("__weakref__", "_binder", "_bound", "_inside", "_kind", "_modules", "id", "unit")
 
     def __init__(self, unit: int, modules: Sequence[nn.Module], binder: Binder) -> None:
         """``modules`` are those that have weights of the unit."""
@@ -168,7 +185,7 @@ class UnitBinding:
         self._binder = binder
         self._modules = tuple(weakref.ref(module) for module in modules)
         self._bound: list[tuple[weakref.ref[nn.Module], IdleParameters, BoundParameters, int]] | None = None
-        self._graph = False  # what is bound computes gradients
+        self._kind = _PLAIN  # of what is bound
         self._inside = 0
 
     def enter(self) -> None:
@@ -182,9 +199,9 @@ class UnitBinding:
 
     def bind(self) -> None:
         """The second half of ``enter``."""
-        bound = self._bound
-        if bound is None or (not self._graph and torch.is_grad_enabled()):
-            bound = self._make(torch.is_grad_enabled())
+        bound, kind = self._bound, _kind_wanted()
+        if bound is None or (self._kind is not kind and (self._kind is _TRACED or kind is not _PLAIN)):
+            bound = self._make(kind)
         for reference, idle, parameters, changes in bound:
             module = reference()
             if module is None:
@@ -232,7 +249,7 @@ class UnitBinding:
                     if "_flat_weights" in own:
                         follow(module, idle)
 
-    def _make(self, graph: bool) -> list[tuple[weakref.ref[nn.Module], IdleParameters, BoundParameters, int]]:
+    def _make(self, kind: str) -> list[tuple[weakref.ref[nn.Module], IdleParameters, BoundParameters, int]]:
         """Dictionaries with what is resident now. A module that lacks something stays idle."""
         found: list[tuple[weakref.ref[nn.Module], IdleParameters, dict[str, Any], int]] = []
         reals: dict[int, torch.Tensor] = {}
@@ -248,14 +265,16 @@ class UnitBinding:
             for value in streamed:
                 if id(value) not in reals and (real := self._real(value)) is not None:
                     reals[id(value)] = real
-                    if graph and value.requires_grad:
+                    if kind is _TRACED:
+                        reals[id(value)] = real.detach()
+                    elif kind is _IN_GRAPH and value.requires_grad:
                         trained.append(value)
             if all(id(value) in reals for value in streamed):
                 found.append((reference, idle, items, changes))
         if trained:
             made = in_graph(trained, [reals[id(value)] for value in trained])
             reals.update(zip(map(id, trained), made, strict=True))
-        self._graph = graph
+        self._kind = kind
         self._bound = [
             (
                 reference,

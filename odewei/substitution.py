@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from odewei.placeholder import Home, Placeholder, become
 from odewei.real import in_graph
+from odewei.uncompiled import uncompiled
 
 __all__ = ["answer", "answer_below_autograd", "is_watched", "with_real"]
 
@@ -103,6 +104,7 @@ def answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
     return _answer(func, args, kwargs)
 
 
+@uncompiled
 def _answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if func == _VERSION:
         return _version(args[0])
@@ -127,6 +129,7 @@ def _version(placeholder: Placeholder) -> int:
     return 0 if real is None else real._version
 
 
+@uncompiled
 def answer_below_autograd(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The same for an operation that autograd has seen already."""
     if func is torch.ops.aten.detach.default:
@@ -194,7 +197,7 @@ class _Call:
         return tensor
 
     def _as_seen(self, placeholder: Placeholder, tensor: torch.Tensor) -> torch.Tensor:
-        if placeholder.requires_grad and self._graph:
+        if placeholder.requires_grad and not self._writes and (self._graph or torch._C._is_any_autocast_enabled()):
             return in_graph([placeholder], [tensor])[0]
         if placeholder.requires_grad == tensor.requires_grad:
             return tensor if placeholder.is_owner else tensor.detach().requires_grad_(tensor.requires_grad)

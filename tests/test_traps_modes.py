@@ -70,6 +70,7 @@ class Checkpointed(nn.Module):
 
 
 def _adapted(model: nn.Module) -> nn.Module:
+    model.requires_grad_(False)
     for seed, block in enumerate(model.blocks):
         block.up, block.down = Adapter(block.up, seed), Adapter(block.down, 100 + seed)
     return model
