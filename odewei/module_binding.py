@@ -151,6 +151,16 @@ def _kind_wanted() -> str:
     return _PLAIN if torch._C._get_tracing_state() is None else _TRACED
 
 
+def constant(real: torch.Tensor) -> torch.Tensor:
+    """Without gradients, and without the tracer's notice."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return real.detach()
+    finally:
+        torch._C._set_tracing_state(state)
+
+
 def real_of(placeholder: Placeholder) -> torch.Tensor:
     """What computes, for a forward that takes a weight outside of the module that its unit hangs on."""
     real = placeholder.home.stream.resident(placeholder.home)
@@ -158,7 +168,7 @@ def real_of(placeholder: Placeholder) -> torch.Tensor:
         real = placeholder.fetch()
     kind = _kind_wanted()
     if kind is _TRACED:
-        return real.detach()
+        return constant(real)
     if placeholder.requires_grad and kind is _IN_GRAPH:
         return in_graph([placeholder], [real])[0]
     return real if placeholder.is_owner else real.detach().requires_grad_(placeholder.requires_grad)
@@ -266,7 +276,7 @@ class UnitBinding:
                 if id(value) not in reals and (real := self._real(value)) is not None:
                     reals[id(value)] = real
                     if kind is _TRACED:
-                        reals[id(value)] = real.detach()
+                        reals[id(value)] = constant(real)
                     elif kind is _IN_GRAPH and value.requires_grad:
                         trained.append(value)
             if all(id(value) in reals for value in streamed):

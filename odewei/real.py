@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from odewei.errors import ModelError
+from odewei.scheduler.transforms import untransformed
 
 __all__ = ["Real", "in_graph"]
 
@@ -73,18 +73,9 @@ class _Bridge(torch.autograd.Function):
         return None, *grads
 
 
-def _untransformed() -> AbstractContextManager[object]:
-    """Outside of the transforms of torch.func that are under way: to them parameters are constants."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return nullcontext()
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    return temporarily_clear_interpreter_stack()
-
-
 def in_graph(parameters: Sequence[torch.Tensor], reals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What computes with gradients for ``parameters``, each over the memory of its real tensor."""
-    with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad(), torch.inference_mode(False), _untransformed():
+    with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad(), torch.inference_mode(False), untransformed():
         made = _Bridge.apply(reals, *parameters)  # type: ignore[no-untyped-call]
     for one in made:
         one.__class__ = Real

@@ -26,6 +26,7 @@ from odewei.scheduler.reader import FileTable, Job, Resized, UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slab import Slab
 from odewei.scheduler.states import State
+from odewei.scheduler.transforms import untransformed
 
 __all__ = ["Driver", "was_closed"]
 
@@ -222,8 +223,9 @@ class Driver(ABC):
             return
         self.ledger.finish_read(record.id, nbytes_read)
         try:
-            record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
-            record.account.client.bind(record.place)
+            with untransformed():
+                record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
+                record.account.client.bind(record.place)
         except Exception as error:
             self._take_back(record, slab, error)
         else:
