@@ -19,6 +19,7 @@ from torch import nn
 from odewei.collector import without_collector
 
 with without_collector():  # it would look at all that torch has just made, for longer than this import takes
+    from odewei.edit import edit
     from odewei.errors import OdeweiError
     from odewei.loaders import open_checkpoint
     from odewei.memory_budget import MemoryBudget
@@ -39,6 +40,7 @@ __all__ = [
     "Timeline",
     "Trace",
     "close",
+    "edit",
     "from_pretrained",
     "generate_many",
     "init_on_demand_weights_model",

@@ -59,6 +59,13 @@ class WeightStream:
     def becomes_own(self, home: Home, nbytes: int) -> None:
         self.binder.becomes_own(home, nbytes)
 
+    def wrote(self, home: Home) -> None:
+        if self.binder.on_write is not None:
+            self.binder.on_write(home.unit)
+
+    def is_edited(self) -> bool:
+        return self.binder.on_write is not None
+
     def expose(self, home: Home) -> torch.Tensor:
         return self.binder.expose(home)
 
@@ -103,6 +110,9 @@ class Binder:
         self.is_inside: Callable[[], bool] = lambda: False
         self.on_own: Callable[[str, int], None] = lambda name, nbytes: None
         self.saved_state: Callable[[Home], torch.Tensor | None] = lambda home: None
+        self.on_write: Callable[[int], None] | None = None
+        """Called after a write into a weight of a unit, where somebody edits the model (see ``edit``)."""
+        self._clean: dict[tuple[int, str], int] = {}  # the versions of resident weights that are as in their files
         self.made: WeightStream | None = WeightStream(self)
         """To be taken once, and kept by what hangs on the model."""
         self.stream = weakref.ref(self.made)
@@ -196,6 +206,9 @@ class Binder:
             self._anchors[unit] = None if largest is None else largest.data
         made.update(self._kept.pop(unit, {}))
         self._tensors[unit] = made
+        if self._clean:
+            for weight in self._units[unit]:
+                self._clean.pop((unit, weight.name), None)
         if self._storages is not None:
             self._note_storages(unit, made)
 
@@ -220,7 +233,7 @@ class Binder:
             return
         self._forget_storages(tensors)
         held = _held(tensors, anchor)
-        kept = {name: real for name, real in tensors.items() if name in held or real._version}
+        kept = {name: real for name, real in tensors.items() if name in held or self._is_written(unit, name, real)}
         if kept:
             self._kept[unit] = kept
 
@@ -238,7 +251,16 @@ class Binder:
         for name in [name for at, name in self._exposed if at == unit]:
             if _sum(tensors[name]) != self._exposed.pop((unit, name)):
                 torch.autograd.graph.increment_version(tensors[name])
-        return any(parameter._version for parameter in tensors.values())
+        return any(real._version and self._is_written(unit, name, real) for name, real in tensors.items())
+
+    def _is_written(self, unit: int, name: str, real: Real) -> bool:
+        """Whether a weight is not as in its file."""
+        return real._version != self._clean.get((unit, name), 0)
+
+    def is_saved(self, unit: int, versions: Mapping[str, int]) -> None:
+        """The weights of a unit are in a file now as they were at these versions."""
+        for name, version in versions.items():
+            self._clean[unit, name] = version
 
     def is_held(self, unit: int) -> bool:
         """Whether somebody has a tensor over the memory of a resident unit: one that was handed out, or a view."""
@@ -317,7 +339,8 @@ class Binder:
             return self.load(home.unit, home.name)
         if real is not None and (home.unit, home.name) in self._exposed:
             self.was_written(home.unit)
-        return self.load(home.unit, home.name) if real is not None and real._version > 0 else None
+        written = real is not None and self._is_written(home.unit, home.name, real)
+        return self.load(home.unit, home.name) if written else None
 
     def refer(self, tensor: torch.Tensor) -> WeightReference | None:
         """A reference to what autograd saves, if it is a tensor over a weight."""

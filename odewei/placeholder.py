@@ -49,6 +49,12 @@ class Stream(Protocol):
     def becomes_own(self, home: Home, nbytes: int) -> None:
         """The parameter is about to become an ordinary one of so many bytes: the user's own."""
 
+    def wrote(self, home: Home) -> None:
+        """Something that writes was called with the parameter, and has ended."""
+
+    def is_edited(self) -> bool:
+        """Whether somebody edits the model (see ``edit``)."""
+
     def expose(self, home: Home) -> torch.Tensor:
         """The real tensor, loaded if need be, for whoever may write into its memory without torch."""
 
@@ -155,7 +161,16 @@ class Placeholder(torch.Tensor):
         real = self.home.stream.resident(self.home)
         if real is not None and same_memory(real, value):
             return  # it was written into, which the real tensor has counted
+        if self._takes_values_of(value):
+            with torch.no_grad():
+                self.detach().copy_(value)
+            return
         become(self, value.fetch().clone() if isinstance(value, Placeholder) else value)
+
+    def _takes_values_of(self, value: torch.Tensor) -> bool:
+        """Whether the weight gets the values and streams on: while somebody edits the model, if they are of its kind."""
+        like = value.shape == self.shape and value.dtype == self.dtype and value.layout is torch.strided
+        return like and self.is_owner and self.home.stream.is_edited()
 
     def _alias(self, *, for_state: bool = False) -> Placeholder:
         with torch.inference_mode(False), torch.no_grad():

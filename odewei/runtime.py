@@ -36,11 +36,12 @@ from odewei.options import Options
 from odewei.placeholder import Home, Placeholder, become
 from odewei.report import Report
 from odewei.saved_state import SavedState
-from odewei.scheduler.budget import format_nbytes
+from odewei.scheduler.budget import Reservation, format_nbytes
 from odewei.scheduler.drivers import was_closed
 from odewei.scheduler.reader import FileTable, UnitReader
 from odewei.scheduler.records import Account
 from odewei.scheduler.rows import RowCounters, RowTable
+from odewei.scheduler.slabs import SlabPool
 from odewei.sliced import Experts
 from odewei.stock import Stock
 from odewei.survey import Modules, Weight, survey, walk
@@ -123,8 +124,8 @@ class Runtime:
             move_to(modules, self.device)
         self._buffer_bytes = _buffer_bytes(modules)
         self._weights = {weight.name: weight for weight in self.stock.weights}
-        self.own_bytes: dict[str, int] = {}
-        """Weights that have become the user's own, with their bytes."""
+        self.own: dict[str, Reservation] = {}
+        """Weights that have become the user's own."""
         self.hooked: dict[str, weakref.ref[nn.Module]] = {}
         """The modules that units hang on, by the names that they had when the model was built."""
         self.budget = options.budget
@@ -203,6 +204,7 @@ class Runtime:
             overdrafts=budget.overdrafts,
             worst_overdraft_bytes=budget.worst_overdraft_bytes,
             escapes=self._pool.escapes,
+            own_bytes=sum(reservation.nbytes for reservation in self.own.values()),
             prefetch_depth=self.options.depth,
             direct_io=self._direct,
             rows_looked_up=rows.looked_up,
@@ -315,9 +317,23 @@ class Runtime:
     def _saved_state(self, home: Home) -> torch.Tensor | None:
         return self._state.tensor(home) if self.binder.changed(home) is None else None
 
+    def may_be_replaced(self, unit: int) -> bool:
+        """Whether a unit's weights can be read from another file: those that are read in parts cannot."""
+        return unit < self.layout.hooked
+
+    def replace(self, unit: int, infos: Mapping[str, WeightInfo], versions: Mapping[str, int]) -> None:
+        """Read a unit's weights from other places from now on, where they are as the resident ones at ``versions``."""
+        self.stock.replace(infos)
+        record = self.account.units[unit]
+        record.reader = self._unit_readers.planned_anew(self.units[unit].weights, infos, record.nbytes)
+        self.binder.is_saved(unit, versions)
+        self.driver.ledger.may_leave(record.id)
+        self.driver.poke()
+
     def _count_own(self, name: str, nbytes: int) -> None:
-        """A weight is the user's own from now on: it is counted, whatever the budget says."""
-        self.own_bytes[name] = nbytes
+        """A weight is the user's own from now on: there is less room for others, and the budget may be overdrawn."""
+        if self._finalizer.alive:
+            self.own[name] = self._pool.count(name, nbytes, self.own.get(name))
 
     # -- making ------------------------------------------------------------------------------------------------------
 
@@ -325,6 +341,7 @@ class Runtime:
         infos = self.layout.infos(self.stock)
         num_readers, direct = self.options.num_readers, self._direct
         readers = UnitReaders(self._source, self.stock, infos, self._pool, num_readers=num_readers, direct=direct)
+        self._unit_readers = readers
         return [readers.make(unit) for unit in self.units]
 
     def _least_bytes(self, sizes: Sequence[int]) -> int:
@@ -365,7 +382,9 @@ class Runtime:
             self.layout.ahead,
             was_written=_WarnOnce(self.binder, self.units),
             is_held=self.binder.is_held,
-            on_closed=functools.partial(_let_go, self.binder, self.tables.values(), self._source, self.host),
+            on_closed=functools.partial(
+                _let_go, self.binder, self.tables.values(), self._source, self.host, self._pool, self.own
+            ),
         )
         for table in self.tables.values():
             table.busy = account.busy
@@ -446,7 +465,7 @@ class _WarnOnce:
 
     def __call__(self, unit: int) -> bool:
         written = self.binder.was_written(unit)
-        if written and not self._warned:
+        if written and not self._warned and self.binder.on_write is None:
             self._warned = True
             _log.warning(
                 "a weight of %r was changed in place: it and other changed ones stay in memory from now on",
@@ -456,9 +475,16 @@ class _WarnOnce:
 
 
 def _let_go(
-    binder: Binder, tables: Collection[RowTable], source: WeightsLoader | CallableLoader, host: HostTier | None
+    binder: Binder,
+    tables: Collection[RowTable],
+    source: WeightsLoader | CallableLoader,
+    host: HostTier | None,
+    pool: SlabPool,
+    own: dict[str, Reservation],
 ) -> None:
     binder.clear()
+    for reservation in own.values():
+        pool.uncount(reservation)
     if host is not None:
         host.leave()
     for table in tables:

@@ -50,7 +50,7 @@ def _functions(name: str) -> Iterator[Any]:
 
 _ANSWERED = frozenset(
     [function for name in _DESCRIPTION.split() for function in _functions(name)]
-    + [torch._has_compatible_shallow_copy_type]
+    + [torch._has_compatible_shallow_copy_type, torch.autograd.grad, torch.autograd.backward]
 )
 """What is answered without loading anything: the weight's description, and what hangs on the parameter."""
 
@@ -106,6 +106,9 @@ def answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
 
 @uncompiled
 def _answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if func is torch.Tensor.view_as and args[0] is args[1]:  # how torch finds where gradients are accumulated
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args)
     if func == _VERSION:
         return _version(args[0])
     if func in _POINTERS:
@@ -220,8 +223,11 @@ class _Call:
     def end(self) -> None:
         for release in reversed(self._releases):
             release()
+        written = [placeholder.home for placeholder, _, _ in self._stood_for] if self._writes else []
         self._stood_for.clear()
         self.tensors.clear()
+        for home in written:
+            home.stream.wrote(home)
 
 
 def _metadata(tensor: torch.Tensor) -> tuple[Any, ...]:

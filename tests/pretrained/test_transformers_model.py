@@ -54,7 +54,7 @@ def check(
 
 
 def loader_of(model: nn.Module) -> ConvertedLoader:
-    runtime = odewei.runtime.find_runtime(model)
+    runtime = next(iter(odewei.runtime.runtimes_in(model)), None)
     assert runtime is not None
     assert isinstance(runtime._source, ConvertedLoader)
     return runtime._source
