@@ -72,6 +72,9 @@ class WeightStream:
     def saved_state(self, home: Home) -> torch.Tensor | None:
         return self.binder.saved_state(home)
 
+    def kept_state(self, home: Home) -> torch.Tensor | None:
+        return self.binder.kept_state(home)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightStream:
         return self
 
@@ -110,6 +113,7 @@ class Binder:
         self.is_inside: Callable[[], bool] = lambda: False
         self.on_own: Callable[[str, int], None] = lambda name, nbytes: None
         self.saved_state: Callable[[Home], torch.Tensor | None] = lambda home: None
+        self.kept_state: Callable[[Home], torch.Tensor | None] = lambda home: None
         self.on_write: Callable[[int], None] | None = None
         """Called after a write into a weight of a unit, where somebody edits the model (see ``edit``)."""
         self._clean: dict[tuple[int, str], int] = {}  # the versions of resident weights that are as in their files

@@ -62,6 +62,9 @@ class Stream(Protocol):
     def saved(self) -> SavedWeights:
         """The hooks for what autograd saves."""
 
+    def kept_state(self, home: Home) -> torch.Tensor | None:
+        """As ``saved_state``, if that has to be there before anybody saves over the checkpoint; None otherwise."""
+
     def saved_state(self, home: Home) -> torch.Tensor | None:
         """The weight as it is in the checkpoint, in memory that is not the budget's and stays where it is; None where
         it was written to.
@@ -178,6 +181,7 @@ class Placeholder(torch.Tensor):
         made.__dict__.update(home=self.home, _is_param=False)
         if for_state:
             made.__dict__["_for_state"] = True
+            made.__dict__["_mapped"] = self.home.stream.kept_state(self.home)
         return made
 
     def __setattr__(self, name: str, value: Any) -> None:

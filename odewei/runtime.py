@@ -165,7 +165,7 @@ class Runtime:
             self.binder.is_inside = self.driver.ledger.is_inside
             self.binder.on_own = self._count_own
             self._state = SavedState(self._info, self._real)
-            self.binder.saved_state = self._saved_state
+            self.binder.saved_state, self.binder.kept_state = self._saved_state, self._kept_state
             self._hook(modules, stream)
             self._expect_saved_order(model)
             undo.pop_all()
@@ -316,6 +316,9 @@ class Runtime:
 
     def _saved_state(self, home: Home) -> torch.Tensor | None:
         return self._state.tensor(home) if self.binder.changed(home) is None else None
+
+    def _kept_state(self, home: Home) -> torch.Tensor | None:
+        return self._saved_state(home) if self._state.needs_copy(home) else None
 
     def may_be_replaced(self, unit: int) -> bool:
         """Whether a unit's weights can be read from another file: those that are read in parts cannot."""

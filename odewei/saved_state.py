@@ -61,6 +61,14 @@ class SavedState:
                 self._tensors[home.name] = found
             return found
 
+    def needs_copy(self, home: Home) -> bool:
+        """Whether the weight's file may be emptied by whoever saves over it, before the weight is looked at."""
+        info, _ = self._infos(home.name)
+        if info is None:
+            return False
+        sources = [part.source for part in info.parts] or [info]
+        return any(_is_rewritten(source) for source in sources)
+
     def _mapped(self, home: Home) -> torch.Tensor | None:
         """The weight over its file; None if it does not lie there as the model has it."""
         info, dtype = self._infos(home.name)
@@ -98,6 +106,13 @@ class SavedState:
             made = flat.as_strided(real.shape, real.stride())
             made.copy_(real)
         return made
+
+
+def _is_rewritten(info: WeightInfo) -> bool:
+    """Whether saving a file of this kind empties it first. Those of safetensors are replaced by another."""
+    if info.span is not None and isinstance(info.span.file, RemoteFile):
+        return False
+    return info.file is not None and not info.file.endswith(".safetensors")
 
 
 class _Map(mmap.mmap):
