@@ -49,14 +49,12 @@ class ThreadLeases:
     ``lingering`` is a unit that its forward has taken a weight of by itself, without entering the module, and has
     perhaps not used yet: until it enters another unit nothing drives that one out but a forward that waits. Entering
     the same one changes nothing: a forward that loops over views of a weight has the module compute with each.
-    ``last`` is the unit that it has entered last, and may have such views of.
     """
 
     def __init__(self) -> None:
         self.thread = threading.current_thread()
         self.leases: list[Lease] = []
         self.lingering: UnitRecord | None = None
-        self.last: UnitRecord | None = None
 
 
 class LeaseBook:
@@ -102,7 +100,6 @@ class LeaseBook:
         mine.leases.append(Lease(account, unit, frame))
         if unit is not None:
             unit.leases += 1
-            mine.last = unit
 
     def give_back(self, mine: ThreadLeases, what: int | Account) -> None:
         """Return the innermost lease of a unit (by its id) or of a model. Leases above it were left behind and go too.
@@ -122,7 +119,7 @@ class LeaseBook:
         for unit in units:
             unit.leases = len(unit.holders)
         for thread in self._threads:
-            thread.lingering = thread.last = None
+            thread.lingering = None
             for lease in thread.leases:
                 if lease.unit is not None:
                     lease.unit.leases += 1
@@ -130,10 +127,6 @@ class LeaseBook:
     def lingers(self, unit: UnitRecord) -> bool:
         """Whether a thread has just taken a weight of it."""
         return any(thread.lingering is unit for thread in self._threads)
-
-    def is_last(self, unit: UnitRecord) -> bool:
-        """Whether a thread has entered no other unit since."""
-        return any(thread.last is unit for thread in self._threads)
 
     def end_lingering(self) -> bool:
         """A forward waits for room. True if anything lingered."""
@@ -162,7 +155,7 @@ class LeaseBook:
         if lease.unit is not None:
             lease.unit.leases -= 1
         if not mine.leases:
-            mine.lingering = mine.last = None
+            mine.lingering = None
             self._on_outside(mine, lease.account, time.perf_counter() - lease.since)
         return lease
 

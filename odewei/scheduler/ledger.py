@@ -149,7 +149,6 @@ class Ledger(Books):
         """Take a lease. None: the unit is resident. Otherwise whoever drives the ledger sets ``done`` of the waiter."""
         record = self._open_record(unit)
         mine = self._leases.mine()
-        record.handed_out |= lingers
         self._leases.take(mine, record.account, record, frame, lingers=lingers)
         self._note_access(mine, record)
         if self.observer is not None:

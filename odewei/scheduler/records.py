@@ -160,9 +160,8 @@ class BusyTime:
 class Account:
     """One model's part in a scheduler. Units are known to ``client`` by their place in ``units``.
 
-    Under the ledger's lock ``was_written`` is asked before a unit may be evicted, and ``is_held`` before one of which
-    somebody probably has a tensor, which would keep its memory: because it is only there on demand, had a weight taken
-    by itself once, or is the one that a thread has entered last. ``on_closed`` is called once, by the thread that
+    Under the ledger's lock ``is_held`` is asked before a unit may be evicted: whether somebody has a tensor of it, which
+    would keep its memory; and ``was_written`` then. ``on_closed`` is called once, by the thread that
     closes, when nothing of the account is read any more. ``closed`` is why it takes no more accesses; ``gone`` is set
     when everything of it has been given back. ``depth``: how many units ahead, None: "auto". ``least_bytes`` must be in
     memory at one moment; ``most_bytes`` hold all of its weights. ``pinned_bytes`` of the pool are taken until
@@ -211,7 +210,6 @@ class UnitRecord:
     place: int
     reader: UnitReader
     on_demand: bool = False  # not expected to be used
-    handed_out: bool = False  # a weight of it was once taken by itself: see ``Account.is_held``
     state: State = State.ABSENT
     leases: int = 0
     holders: tuple[Waiter, ...] = ()  # whose leases of those belong to no frame

@@ -67,7 +67,7 @@ def test_round_trip(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     check(kind, tmp_path)
     with streamed(tmp_path) as model:
         assert not model.training
-        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert all(parameter.requires_grad for parameter in model.parameters())
         assert model.config.name_or_path == str(tmp_path)
 
 

@@ -244,26 +244,19 @@ def test_a_weight_taken_in_a_loop_lingers_through_calls_of_its_module() -> None:
     setup.check()
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_the_unit_of_the_last_call_stays_while_views_of_it_are_held(alone: bool) -> None:
-    """Driving it out would free nothing, and its next call would read it beyond the budget.
-
-    Taken ``alone`` before, it is asked about after other calls too.
-    """
+def test_a_unit_stays_while_views_of_it_are_held() -> None:
+    """Driving it out would free nothing, and its next call would read it beyond the budget."""
     setup = Setup([4096] * 3, 2 * 4096)
     setup.account.window = Window(2, 2 * 4096)
     setup.seed([0, 1, 2])
     held = {0, 1}
     setup.account.is_held = held.__contains__
     setup.ledger.enter_pass(setup.account, running_frame())
-    setup.driver.enter(0, running_frame(), lingers=alone)
+    setup.driver.enter(0, running_frame())
     setup.driver.leave(0)
-    setup.prefetch()
-    assert [setup.ledger.units[unit].state.value for unit in range(3)] == ["resident", "resident", "absent"]
     setup.visit(1)
     setup.prefetch()
-    assert setup.ledger.units[1].state.value == "resident"
-    assert setup.ledger.units[0].state.value == ("resident" if alone else "absent")
+    assert [setup.ledger.units[unit].state.value for unit in range(3)] == ["resident", "resident", "absent"]
     held.clear()
     setup.prefetch()
     assert setup.ledger.units[2].state.value == "resident"
