@@ -70,12 +70,10 @@ class Rest:
 
     def _fill_hidden(self, tree: dict[int, tuple[str, nn.Parameter]]) -> None:
         """Give values to all that is alive and not in the tree."""
-        hidden = self._hidden(tree)
-        if hidden:
-            gc.collect()  # what the function threw away needs none
-            hidden = self._hidden(tree)
-        if not hidden:
+        if not self._hidden(tree):
             return
+        gc.collect()  # what the function threw away needs none
+        hidden = self._hidden(tree)
         weights = {self._tape.storage(parameter): name for name, parameter in tree.values()}
         for tensor in hidden:
             name = weights.get(self._tape.storage(tensor))

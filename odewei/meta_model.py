@@ -22,11 +22,18 @@ from torch import nn
 from odewei.build_rest import Kept, Rest
 from odewei.errors import ModelError
 from odewei.scheduler.machine import available_bytes
-from odewei.survey import Modules, walk
+from odewei.survey import Modules, is_plain
 from odewei.tape import Tape
 from odewei.without_values import WithoutValues
 
-__all__ = ["build_without_weights", "built_without_weights", "initial_values", "meta_tensors", "not_of_a_build"]
+__all__ = [
+    "build_without_weights",
+    "built_without_weights",
+    "initial_values",
+    "is_built_to_be_loaded",
+    "meta_tensors",
+    "not_of_a_build",
+]
 
 _LARGE = 1 << 14  # elements; what is larger gets no values
 _TINY = 1 << 8  # the same, when small parameters have grown many
@@ -50,7 +57,7 @@ def build_without_weights(model_fn: Callable[[], nn.Module], *, draws: bool = Tr
     """
     before = None if draws else torch.get_rng_state()
     try:
-        with _on_the_cpu():
+        with not_of_a_build(), _on_the_cpu():
             build = _Build()
             try:
                 model = build.run(model_fn)
@@ -60,8 +67,8 @@ def build_without_weights(model_fn: Callable[[], nn.Module], *, draws: bool = Tr
                 torch.set_rng_state(build.began)
                 build = _Build(with_values=True)  # an error of the function itself comes again, as itself
                 model = build.run(model_fn)
-            if model not in _built:
-                _built[model] = build
+            build.is_to_be_loaded = not draws
+            _built.setdefault(model, build)  # a model that was built before has what is known of it
             return model
     finally:
         if before is not None:
@@ -71,20 +78,18 @@ def build_without_weights(model_fn: Callable[[], nn.Module], *, draws: bool = Tr
 @contextmanager
 def built_without_weights(model_fn: Callable[[], nn.Module]) -> Iterator[nn.Module]:
     """What ``build_without_weights`` returns. What it knows of initial values is forgotten afterwards."""
-    with _Forgetting() as forgetting:
-        model = forgetting.model = build_without_weights(model_fn)
-        yield model
+    with _on_the_cpu():
+        model = build_without_weights(model_fn)
+        try:
+            yield model
+        finally:
+            _built.pop(model, None)
 
 
-class _Forgetting:
-    model: nn.Module | None = None
-
-    def __enter__(self) -> _Forgetting:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.model is not None:
-            _built.pop(self.model, None)
+def is_built_to_be_loaded(model: nn.Module) -> bool:
+    """Whether it was built without draws, as libraries build what they load."""
+    build = _built.get(model)
+    return build is not None and build.is_to_be_loaded
 
 
 def initial_values(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor | None]:
@@ -140,8 +145,7 @@ def _misses_values(error: Exception) -> bool:
 
 
 class _Build:
-    """One call of a model function. ``with_values``: everything is real, and weights take memory until it has returned.
-    """
+    """One call of a model function. ``with_values``: everything is real, and weights take memory until it has returned."""
 
     def __init__(self, *, with_values: bool = False) -> None:
         self.tape = Tape()
@@ -152,6 +156,7 @@ class _Build:
         self._values: Kept = {}
         self._left_bytes = available_bytes() // 2 if with_values else None
         self.is_suspended = False
+        self.is_to_be_loaded = False
 
     def run(self, model_fn: Callable[[], nn.Module]) -> nn.Module:
         with ExitStack() as stack:
@@ -172,7 +177,7 @@ class _Build:
     def parameter(self, data: torch.Tensor, requires_grad: bool) -> nn.Parameter:
         """What ``nn.Parameter(data, requires_grad)`` is."""
         with torch._C.DisableTorchFunction():  # modes too: these calls are nobody's business
-            if data.is_meta or data.layout is not torch.strided or data.device.type != "cpu" or data.is_quantized:
+            if data.is_meta or data.device.type != "cpu" or not is_plain(data):
                 made: nn.Parameter = _new_parameter(nn.Parameter, data, requires_grad)
                 return made
             if self._mode is not None and data.numel() > self._mode.large:

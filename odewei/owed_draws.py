@@ -48,46 +48,57 @@ class Position:
 
 
 class OwedDraws:
-    """What one generator owes. Whoever draws from it, or looks at its state, settles first."""
+    """What one generator owes. Whoever draws from it settles first.
+
+    While it owes, the generator is in a state that nothing else puts it in, another for each position. So it shows when
+    somebody seeds it, whatever the seed, or puts it back to where it was (``torch.random.fork_rng``).
+    """
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
         self._since = generator.get_state()
         self._owed = 0
-        self._earlier: list[tuple[torch.Tensor, int]] = []  # states that were left with draws owed
+        self._marks: dict[int, tuple[torch.Tensor, int]] = {}  # of states that stand for others: those
 
     def owe(self, draws: int) -> Position:
         """Note that so many draws are left out. Returns where they would have begun."""
         position = self.position()
         self._owed += draws
+        marked = _marked(self._since, len(self._marks) + 1)
+        self._marks[_number(marked)] = self._since, self._owed
+        self._generator.set_state(marked)
         return position
 
     def position(self) -> Position:
         """Where the generator would be."""
-        self._look()
+        state = self._generator.get_state()
+        if not self._marks:
+            if not torch.equal(state, self._since):
+                self._since = state
+        else:
+            self._since, self._owed = self._marks.get(_number(state), (state, 0))
         return Position(self._generator, self._since, self._owed)
 
     def settle(self) -> None:
         """Bring the generator to where it would be."""
-        if not self._owed:
-            return
-        self._look()
-        if self._owed:
+        if self._marks and self.position().draws:
             self._since = advanced(self._since, self._owed)
             self._owed = 0
             self._generator.set_state(self._since)
 
-    def _look(self) -> None:
-        """Somebody may have drawn from the generator (nothing was owed then), or seeded it: what is owed ends there.
-        Unless it is put back where it was before: then so is what was owed.
-        """
-        state = self._generator.get_state()
-        if torch.equal(state, self._since):
-            return
-        if self._owed:
-            self._earlier.append((self._since, self._owed))
-        owed = [draws for earlier, draws in self._earlier if torch.equal(earlier, state)]
-        self._since, self._owed = state, owed[-1] if owed else 0
+
+def _marked(state: torch.Tensor, number: int) -> torch.Tensor:
+    """A state that nothing leads to but this: another for each number. Its seed is the same."""
+    made = state.clone()
+    made[_MARK : _MARK + 4] ^= torch.tensor(list(number.to_bytes(4, "little")), dtype=torch.uint8)
+    return made
+
+
+def _number(state: torch.Tensor) -> int:
+    return hash(state.numpy().tobytes())
+
+
+_MARK = 24 + 8 * 100  # any word of the block
 
 
 def draws_of_fill(fill: Fill, tensor: torch.Tensor, args: tuple[object, ...], kwargs: Mapping[str, Any]) -> int | None:
@@ -108,9 +119,7 @@ def draws_of_fill(fill: Fill, tensor: torch.Tensor, args: tuple[object, ...], kw
     return rest + (numel // 16 - 2) * sixteen
 
 
-def draws_of_truncated_normal(
-    tensor: torch.Tensor, mean: float, std: float, low: float, high: float
-) -> int | None:
+def draws_of_truncated_normal(tensor: torch.Tensor, mean: float, std: float, low: float, high: float) -> int | None:
     """Words that ``torch.nn.init.trunc_normal_`` draws; None where that depends on the numbers.
 
     It draws anew what falls outside. torch's normal numbers are less than nine standard deviations from the mean (a

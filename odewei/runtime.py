@@ -39,8 +39,9 @@ from odewei.scheduler.records import Account
 from odewei.scheduler.rows import RowCounters, RowTable
 from odewei.sliced import Experts
 from odewei.stock import Stock
-from odewei.survey import Modules, Weight, survey, walk
+from odewei.survey import Modules, Weight, streamed_roots, survey, walk
 from odewei.tables import cache_shares, table_place
+from odewei.tensor_bytes import tensor_bytes
 from odewei.trace_file import read_trace, trace_path
 from odewei.trace_map import units_entered
 from odewei.unit_readers import SCRATCH_BYTES, UnitReaders
@@ -121,6 +122,7 @@ class Runtime:
             self._expect_saved_order(model)
             undo.pop_all()
         _runtimes[model] = self
+        streamed_roots.add(model)
         self._finalizer = weakref.finalize(model, self.driver.leave_for_good, self.account)
         self.driver.start()
         self.driver.poke()
@@ -215,6 +217,7 @@ class Runtime:
         self._take_off(model)
         self.binder.restore(parameters)
         del _runtimes[model]
+        streamed_roots.discard(model)
         self.close()
 
     def _stream_copy(self, model: nn.Module) -> None:
@@ -335,8 +338,7 @@ class Runtime:
 
 def _buffer_bytes(modules: Modules) -> int:
     """Bytes of all buffers, each counted once."""
-    buffers = {id(found): found for _, module in modules.items() for found in module._buffers.values()}
-    return sum(buffer.nbytes for buffer in buffers.values() if buffer is not None)
+    return tensor_bytes(found for module in modules.modules for found in module._buffers.values() if found is not None)
 
 
 class _WarnOnce:

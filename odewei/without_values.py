@@ -152,7 +152,9 @@ class WithoutValues(TorchFunctionMode):
             if name in _OTHER_DRAWS:
                 draws = draws_of_fill(func, tensor, args[1:], rest)
             else:
-                draws = draws_of_fill(torch.Tensor.normal_ if name in _NORMAL else torch.Tensor.uniform_, tensor, (), {})
+                draws = draws_of_fill(
+                    torch.Tensor.normal_ if name in _NORMAL else torch.Tensor.uniform_, tensor, (), {}
+                )
             position = self._draw(draws, generator, func, args, kwargs)
         self._tape.wrote(func, args, kwargs, [tensor], position=position, whole=True)
         return tensor  # there is nothing to fill, and torch would take its time to do so
