@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from odewei.errors import ModelError
 from odewei.scheduler.budget import format_nbytes
@@ -43,7 +44,9 @@ class Rest:
         """
         with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
             tree = self._tree()
-            kept = self._empty_small(tree)
+            kept, shared = self._empty_small(tree)
+            if shared:
+                self._refuse_views(kept, shared, tree)
             if self._tape:
                 self._fill_hidden(tree)
         return kept
@@ -56,9 +59,12 @@ class Rest:
                     tree[id(parameter)] = (f"{prefix}.{name}" if prefix else name), parameter
         return tree
 
-    def _empty_small(self, tree: dict[int, tuple[str, nn.Parameter]]) -> Kept:
-        """Each stays the object that it is, for all who have it; what it held goes to another."""
+    def _empty_small(self, tree: dict[int, tuple[str, nn.Parameter]]) -> tuple[Kept, dict[int, str]]:
+        """Each stays the object that it is, for all who have it; what it held goes to another. Returns these, and the
+        names of those whose memory somebody else has, too.
+        """
         kept: Kept = {}
+        shared: dict[int, str] = {}
         for parameter in self._small:
             if id(parameter) in tree and not parameter.is_meta:
                 empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
@@ -66,7 +72,19 @@ class Rest:
                 torch._C._swap_tensor_impl(parameter, real)
                 storage = parameter.untyped_storage()
                 kept[storage._cdata] = storage, real
-        return kept
+                memory = real.untyped_storage()
+                if torch._C._storage_Use_Count(memory._cdata) > 2:  # of the tensor, and of the object just made
+                    shared[memory._cdata] = tree[id(parameter)][0]
+        return kept, shared
+
+    def _refuse_views(self, kept: Kept, shared: dict[int, str], tree: dict[int, tuple[str, nn.Parameter]]) -> None:
+        """Two weights may lie in one memory, but nothing else in that of a weight."""
+        gc.collect()
+        known = {id(real) for _, real in kept.values()} | self._renewed()
+        for found in gc.get_objects():
+            if type(found) in _PLAIN and not found.is_meta and id(found) not in known and id(found) not in tree:
+                if found.layout is torch.strided and (name := shared.get(found.untyped_storage()._cdata)) is not None:
+                    raise _view(name)
 
     def _fill_hidden(self, tree: dict[int, tuple[str, nn.Parameter]]) -> None:
         """Give values to all that is alive and not in the tree."""
@@ -75,17 +93,24 @@ class Rest:
         gc.collect()  # what the function threw away needs none
         hidden = self._hidden(tree)
         weights = {self._tape.storage(parameter): name for name, parameter in tree.values()}
+        renewed = self._renewed()
         for tensor in hidden:
             name = weights.get(self._tape.storage(tensor))
-            if name is not None:
-                raise ModelError(
-                    "a view of a weight is kept beside it, which would not have the weight's values",
-                    weight=name,
-                    cure="Take the view in forward, from the parameter itself",
-                )
-        self._check_room(hidden)
-        for tensor, value in zip(hidden, self._tape.values(hidden), strict=True):
-            _put(tensor, value)
+            if name is not None and id(tensor) not in renewed:
+                raise _view(name)
+        if hidden:
+            self._check_room(hidden)
+            for tensor, value in zip(hidden, self._tape.values(hidden), strict=True):
+                _put(tensor, value)
+
+    def _renewed(self) -> set[int]:
+        """Views that torch's older spectral norm keeps where the weight was, and makes anew in each forward."""
+        return {
+            id(vars(module).get(hook.name))
+            for module in self._modules.modules
+            for hook in module._forward_pre_hooks.values()
+            if isinstance(hook, SpectralNorm)
+        }
 
     def _hidden(self, tree: dict[int, tuple[str, nn.Parameter]]) -> list[torch.Tensor]:
         return [
@@ -114,6 +139,14 @@ class Rest:
             for name, value in (*module._buffers.items(), *vars(module).items()):
                 if value is tensor:
                     yield f"{prefix}.{name}" if prefix else name
+
+
+def _view(name: str) -> ModelError:
+    return ModelError(
+        "a view of a weight is kept beside it, which would not have the weight's values",
+        weight=name,
+        cure="Take the view in forward, from the parameter itself",
+    )
 
 
 def _put(tensor: torch.Tensor, value: torch.Tensor) -> None:

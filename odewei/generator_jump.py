@@ -44,7 +44,7 @@ def advanced(state: torch.Tensor, draws: int) -> torch.Tensor:
 
 def draws_since_seed(generator: torch.Generator) -> int:
     """Words that were drawn since ``generator`` was seeded, if that were fewer than 624."""
-    _, left, _, following = _HEAD.unpack_from(generator.get_state().numpy())
+    _, left, _, following = _HEAD.unpack_from(generator.get_state().numpy().tobytes())
     return _BLOCK + 1 - left if following else 0
 
 

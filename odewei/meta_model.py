@@ -35,9 +35,9 @@ __all__ = [
     "not_of_a_build",
 ]
 
-_LARGE = 1 << 14  # elements; what is larger gets no values
+_LARGE = 1 << 17  # elements; what is larger gets no values
 _TINY = 1 << 8  # the same, when small parameters have grown many
-_SMALL_BYTES = 64 << 20  # so much the small ones may have altogether
+_SMALL_BYTES = 16 << 20  # so much the small ones may have altogether
 
 
 def build_without_weights(model_fn: Callable[[], nn.Module], *, draws: bool = True) -> nn.Module:
@@ -140,8 +140,9 @@ def _is_meta(value: object) -> bool:
 
 
 def _misses_values(error: Exception) -> bool:
-    """Whether torch raised it because a tensor was on the meta device."""
-    return isinstance(error, RuntimeError) and "meta" in str(error)
+    """Whether torch raised it because a tensor had no values, in a function that does not let itself be watched."""
+    said = str(error)
+    return isinstance(error, RuntimeError | BufferError) and ("meta" in said or "BatchedTensor" in said)
 
 
 class _Build:
@@ -256,7 +257,7 @@ def _noting_parameters(build: _Build) -> Iterator[None]:
     with _patching:
         _patches += 1
         if _patches == 1:
-            nn.Parameter.__new__ = staticmethod(_new)  # type: ignore[method-assign, assignment]
+            nn.Parameter.__new__ = staticmethod(_new)  # type: ignore[method-assign]
     _here.builds.append(build)
     try:
         yield
@@ -265,7 +266,7 @@ def _noting_parameters(build: _Build) -> Iterator[None]:
         with _patching:
             _patches -= 1
             if not _patches:
-                nn.Parameter.__new__ = staticmethod(_new_parameter)  # type: ignore[method-assign, assignment]
+                nn.Parameter.__new__ = staticmethod(_new_parameter)  # type: ignore[method-assign]
 
 
 @contextmanager

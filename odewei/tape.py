@@ -133,8 +133,8 @@ class Tape:
         result: object, written: Sequence[torch.Tensor] = (), whole: bool = False, keep: bool = False,
         position: Position | None = None,
     ) -> None:  # fmt: skip
-        args, kwargs = tree_map(self._noted if not keep else _as_it_is, (args, dict(kwargs)))
-        reads = frozenset(leaf.storage for leaf in _leaves((args, kwargs)) if isinstance(leaf, _Place))
+        values, settings = tree_map(self._noted if not keep else _as_it_is, (args, dict(kwargs)))
+        reads = frozenset(leaf.storage for leaf in _leaves((values, settings)) if isinstance(leaf, _Place))
         made = tuple(_place(one) if self._is_new(one) else None for one in _tensors(result))
         for tensor, place in zip(_tensors(result), made, strict=True):
             if place is not None:
@@ -143,7 +143,7 @@ class Tape:
         if whole:
             reads -= writes
         whole = whole or not written  # what is new holds nothing else
-        self._steps.append(_Step(func, args, kwargs, made, reads, writes, whole, position))
+        self._steps.append(_Step(func, values, settings, made, reads, writes, whole, position))
 
     def _is_new(self, tensor: torch.Tensor) -> bool:
         return tensor.is_meta and _storage_of(tensor) not in self._storages
@@ -212,9 +212,9 @@ class _Replay:
         """A tensor over the memory."""
         memory = self._memory.get(place.storage)
         if memory is None:
-            memory = self._memory[place.storage] = torch.UntypedStorage(self._storages[place.storage].nbytes())
+            memory = self._memory[place.storage] = torch.UntypedStorage(self._storages[place.storage].nbytes())  # type: ignore[no-untyped-call]
         empty = torch.empty(0, dtype=place.dtype, device="cpu")
-        return empty.set_(memory, place.offset, place.shape, place.stride)  # type: ignore[call-overload, no-any-return]
+        return empty.set_(memory, place.offset, place.shape, place.stride)
 
     def _take(self, place: _Place, tensor: torch.Tensor) -> None:
         nbytes = self._storages[place.storage].nbytes()
@@ -258,12 +258,13 @@ def _tensors(values: object) -> list[torch.Tensor]:
 
 
 def _storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    number: int = tensor.untyped_storage()._cdata
+    return number
 
 
 def _place(tensor: torch.Tensor) -> _Place:
     shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-    return _Place(_storage_of(tensor), tensor.dtype, shape, stride, tensor.storage_offset())
+    return _Place(_storage_of(tensor), tensor.dtype, shape, stride, int(tensor.storage_offset()))
 
 
 def _fills_storage(tensor: torch.Tensor) -> bool:

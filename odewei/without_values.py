@@ -45,6 +45,25 @@ _OTHER_DRAWS = frozenset({"random_", "bernoulli_", "exponential_", "geometric_",
 _PLAIN_FILLS = frozenset({"fill_", "zero_", "constant_", "zeros_", "ones_"})
 # By name, because libraries put functions of their own in the place of those in torch.nn.init.
 
+_IN_PLACE = frozenset(
+    {
+        "abs_", "add_", "clamp_", "clamp_max_", "clamp_min_", "clip_", "div_", "erfinv_", "exp_", "fill_diagonal_", "log_",
+        "mul_", "neg_", "pow_", "sigmoid_", "sign_", "sqrt_", "sub_", "tanh_", "tril_", "triu_",
+    }
+)  # fmt: skip  # they change no shape
+_BY_NUMBER = frozenset({"add", "div", "mul", "sub", "true_divide", "__add__", "__mul__", "__radd__", "__rmul__",
+                        "__sub__", "__truediv__"})  # fmt: skip  # floats stay of the same kind
+_CHEAP = frozenset(
+    {
+        "__getitem__", "__setitem__", "as_strided", "chunk", "clone", "contiguous", "copy_", "detach", "diagonal",
+        "expand", "expand_as", "flatten", "movedim", "narrow", "permute", "reshape", "select", "split", "squeeze", "t",
+        "to", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as",
+    }
+)  # fmt: skip
+# Views, which must stay views, and what torch knows the shape of by itself. For others it imports its compiler first,
+# which takes seconds: small tensors rather get their values.
+_AT_ONCE = 1 << 22  # elements
+
 _MAY_DRAW = (
     "rand", "normal", "uniform", "bernoulli", "dropout", "multinomial", "poisson", "exponential", "geometric", "cauchy",
     "binomial", "gumbel", "dirichlet", "gamma", "kaiming", "xavier", "orthogonal", "sparse_", "lowrank", "lobpcg",
@@ -75,10 +94,11 @@ class WithoutValues(TorchFunctionMode):
         self._ways: dict[object, Callable[[_Func, _Args, _Kwargs], Any] | None] = dict.fromkeys(
             _FACTORIES, self._factory
         )
-        self._ways[torch.Tensor.device.__get__] = self._device
-        self._ways[torch.Tensor.is_meta.__get__] = self._is_meta
-        self._ways[torch.Tensor.is_cpu.__get__] = self._is_cpu
-        self._ways[torch.Tensor.data.__set__] = self._set_data
+        of_tensors: Any = torch.Tensor
+        self._ways[of_tensors.device.__get__] = self._device
+        self._ways[of_tensors.is_meta.__get__] = self._is_meta
+        self._ways[of_tensors.is_cpu.__get__] = self._is_cpu
+        self._ways[of_tensors.data.__set__] = self._set_data
         self._ways[torch.Tensor.data_ptr] = self._data_ptr
         self._ways[torch.Tensor.cpu] = self._cpu
         self._ways[torch.Tensor.__deepcopy__] = self._deepcopy
@@ -107,6 +127,8 @@ class WithoutValues(TorchFunctionMode):
             way = None
         elif name in _UNIFORM or name in _NORMAL or name in _OTHER_DRAWS or name in _PLAIN_FILLS:
             way = self._fill
+        elif name in _IN_PLACE or name in _BY_NUMBER:
+            way = self._by_number
         elif name != "normalize" and any(part in name for part in _MAY_DRAW):
             way = self._random
         else:
@@ -248,15 +270,38 @@ class WithoutValues(TorchFunctionMode):
             self._tape.made(func, args, {**kwargs, "requires_grad": False}, made, position)
             return made
         flat, spec = tree_flatten((args, kwargs))
-        return self._for_real(func, flat, spec)
+        self.settle()
+        generator = next((leaf for leaf in flat if isinstance(leaf, torch.Generator)), None)
+        return self._for_real(func, flat, spec, self._owed_by(generator).position())
+
+    def _by_number(self, func: _Func, args: _Args, kwargs: _Kwargs) -> Any:
+        """Elementwise, with nothing but numbers: the shape is known."""
+        plain = args and not kwargs and all(isinstance(one, int | float) for one in args[1:])
+        if not plain or not self._tape.has(args[0]) or not args[0].is_floating_point():
+            return self._other(func, args, kwargs)
+        tensor: torch.Tensor = args[0]
+        if getattr(func, "__name__", "") in _IN_PLACE:
+            self._tape.wrote(func, args, kwargs, [tensor])
+            return tensor
+        if not tensor.is_contiguous() or (tensor.requires_grad and torch.is_grad_enabled()):
+            return self._other(func, args, kwargs)
+        made = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        self._tape.made(func, args, kwargs, made)
+        return made
 
     def _other(self, func: _Func, args: _Args, kwargs: _Kwargs) -> Any:
         """Shapes now, values never or later: what is written or made is noted."""
         if not _has_meta((*args, *kwargs.values())):
             return func(*args, **kwargs)
         flat, spec = tree_flatten((args, kwargs))
-        if not any(map(self._tape.has, flat)):
+        fakes = [leaf for leaf in flat if self._tape.has(leaf)]
+        if not fakes:
             return func(*args, **kwargs)
+        if getattr(func, "__name__", "") in _CHEAP or sum(fake.numel() for fake in fakes) > _AT_ONCE:
+            return self._by_shape(func, flat, spec)
+        return self._for_real(func, flat, spec)
+
+    def _by_shape(self, func: _Func, flat: list[Any], spec: TreeSpec) -> Any:
         if getattr(func, "__name__", "") in _TO:
             flat = [_META if _is_cpu_device(leaf) else leaf for leaf in flat]
         shapes = [_shape_of(leaf) for leaf in flat]
@@ -281,7 +326,7 @@ class WithoutValues(TorchFunctionMode):
         return result
 
     def _has_no_values(self, result: object, flat: Sequence[object], shapes: Sequence[object]) -> bool:
-        """Whether a result consists of tensors that have no values, and are none of those that stood in for real ones."""
+        """Whether a result is tensors without values only, and none of those that stood in for real ones."""
         ours = {id(shape) for leaf, shape in zip(flat, shapes, strict=True) if shape is not leaf}
         bases = {
             shape.untyped_storage()._cdata
@@ -298,18 +343,17 @@ class WithoutValues(TorchFunctionMode):
             for leaf in tree_leaves(result)
         )
 
-    def _for_real(self, func: _Func, flat: Sequence[Any], spec: TreeSpec) -> Any:
-        """Call it with values. What it writes into tensors without values is noted."""
-        self.settle()
+    def _for_real(self, func: _Func, flat: Sequence[Any], spec: TreeSpec, position: Position | None = None) -> Any:
+        """Call it with values. What it writes into tensors without values is noted; ``position``: where it draws."""
         places = [place for place, leaf in enumerate(flat) if self._tape.has(leaf)]
         values = dict(zip(places, self._tape.values([flat[place] for place in places]), strict=True))
         real = [values.get(place, _CPU if leaf is _META else leaf) for place, leaf in enumerate(flat)]
         before = {place: value._version for place, value in values.items()}
-        generator = next((leaf for leaf in flat if isinstance(leaf, torch.Generator)), None)
-        position = self._owed_by(generator).position()
         args, kwargs = tree_unflatten(real, spec)
         with torch.no_grad():
             result = func(*args, **kwargs)
+        if position is None and _is_view(result, list(values.values())):
+            return self._by_shape(func, list(flat), spec)
         written = [flat[place] for place, value in values.items() if value._version != before[place]]
         if written:
             cpu_args, cpu_kwargs = tree_unflatten([_CPU if leaf is _META else leaf for leaf in flat], spec)
@@ -348,6 +392,16 @@ def _shape_of(leaf: object) -> object:
     if not isinstance(leaf, torch.Tensor) or leaf.is_meta or leaf.layout is not torch.strided:
         return leaf
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+
+
+def _is_view(result: object, values: Sequence[torch.Tensor]) -> bool:
+    """Whether a result shares memory with one of the values and is none of them."""
+    storages = {value.untyped_storage()._cdata for value in values}
+    return any(
+        one.layout is torch.strided and one.untyped_storage()._cdata in storages
+        for one in _tensors(result)
+        if not any(one is value for value in values)
+    )
 
 
 def _tensors(values: object) -> list[torch.Tensor]:
