@@ -5,8 +5,10 @@ Knows names, shapes and dtypes. Reads headers only, and buffers, which are loade
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from odewei.errors import MissingWeightError, ModelError, WeightMismatchError
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.loaders.tensors import is_castable, read_tensor
-from odewei.meta_model import meta_tensors
+from odewei.meta_model import initial_values, is_built_to_be_loaded, meta_tensors
 from odewei.survey import Modules, Weight
 
 __all__ = ["Matched", "bound_dtype", "init_missing", "load_buffers", "match_weights", "move_to"]
@@ -132,8 +134,12 @@ def move_to(model: nn.Module | Modules, device: torch.device) -> None:
     """Move what has values to the device, for good: buffers, and parameters that the checkpoint lacks. What several
     modules share they share afterwards.
     """
-    if device.type == "cpu":
-        return
+    if device.type != "cpu":
+        with torch.inference_mode(False), torch.no_grad():
+            _move_to(model, device)
+
+
+def _move_to(model: nn.Module | Modules, device: torch.device) -> None:
     moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the old ones stay, so that no number comes twice
     for _, module in Modules.of(model).items():
         for name, buffer in module._buffers.items():
@@ -163,31 +169,75 @@ def _read_buffers(
 
 
 def init_missing(model: nn.Module, missing: Sequence[Weight], dtype: torch.dtype | None) -> None:
-    """Make the missing weights real and initialise them as their modules do; they are resident and stay.
+    """Give the missing weights the values that they have in the ordinary model; they are resident and stay.
 
-    Uses the model's ``_init_weights`` (transformers) if it has one, else the module's ``reset_parameters``.
+    Those are what ``model_fn`` gave them. Where a library loads its models without initialising them (transformers) its
+    own way of initialising what is missing comes after. A model that was built before, without values, has only that,
+    or its modules' ``reset_parameters``.
+
+    Raises ModelError for a weight that gets no values.
     """
     modules = dict(model.named_modules())
-    initialise: Callable[[nn.Module], object] | None = getattr(model, "_init_weights", None)
-    owners: dict[str, nn.Module] = {}
-    for weight in missing:
-        made = nn.Parameter(
-            torch.empty(weight.shape, dtype=bound_dtype(weight.dtype, dtype)),
-            requires_grad=weight.requires_grad,
+    parameters = [_parameter(modules, weight) for weight in missing]
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        values = initial_values(model, parameters)
+        unknown = []
+        for weight, parameter, value in zip(missing, parameters, values, strict=True):
+            wanted = bound_dtype(weight.dtype, dtype)
+            if not parameter.is_meta:  # the function took it from elsewhere, with values
+                if parameter.dtype != wanted:
+                    parameter.data = parameter.data.to(wanted)
+                continue
+            if value is None:
+                unknown.append(weight)
+                value = torch.full(weight.shape, math.nan if wanted.is_floating_point else 0, dtype=wanted)
+            made = nn.Parameter(value.to(wanted), requires_grad=weight.requires_grad)
+            torch._C._swap_tensor_impl(parameter, made)  # whoever has the parameter has the values
+        if hasattr(model, "_init_weights") and hasattr(model, "initialize_weights"):
+            if unknown or is_built_to_be_loaded(model):
+                _initialise_as_transformers(model, {id(parameter) for parameter in parameters})
+        else:
+            for name in dict.fromkeys(weight.module or "" for weight in unknown):
+                getattr(modules[name], "reset_parameters", _nothing)()
+        for weight in unknown:
+            _check_initialised(weight, _parameter(modules, weight))
+
+
+def _parameter(modules: Mapping[str, nn.Module], weight: Weight) -> nn.Parameter:
+    found = modules[weight.module or ""]._parameters[weight.local_name]
+    assert found is not None
+    return found
+
+
+def _initialise_as_transformers(model: Any, missing: Collection[int]) -> None:
+    """As its ``from_pretrained`` does with the parameters that a checkpoint lacks: all others are marked as done."""
+    marked = [
+        tensor
+        for tensor in (*model.parameters(), *model.buffers())
+        if id(tensor) not in missing and not getattr(tensor, "_is_hf_initialized", False)
+    ]
+    for tensor in marked:
+        tensor._is_hf_initialized = True
+    for module in model.modules():
+        if any(id(parameter) in missing for parameter in module._parameters.values()):
+            vars(module).pop("_is_hf_initialized", None)
+    try:
+        model.initialize_weights()
+    finally:
+        for tensor in marked:
+            del tensor._is_hf_initialized
+
+
+def _check_initialised(weight: Weight, parameter: nn.Parameter) -> None:
+    if not parameter.is_floating_point() or bool(parameter.isnan().any()):
+        raise ModelError(
+            "a missing weight cannot be initialised: the model was built before, without values, and nothing in it says "
+            "which",
+            module=weight.module or None,
+            weight=weight.name,
+            cure="Add the weight to the checkpoint, or have model_fn build the model, not on the meta device",
         )
-        for use in weight.uses:
-            modules[use.module]._parameters[use.local_name] = made
-            owners.setdefault(use.module, modules[use.module])
-    for name, module in owners.items():
-        reset = None if initialise is not None else getattr(module, "reset_parameters", None)
-        with torch.no_grad():
-            if initialise is not None:
-                initialise(module)
-            elif reset is not None:
-                reset()
-            else:
-                raise ModelError(
-                    "a missing weight cannot be initialised: its module has no reset_parameters()",
-                    module=name,
-                    cure="Add the weight to the checkpoint, or give the module a reset_parameters method",
-                )
+
+
+def _nothing() -> None:
+    """For modules without ``reset_parameters``."""

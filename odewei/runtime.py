@@ -44,8 +44,9 @@ from odewei.scheduler.rows import RowCounters, RowTable
 from odewei.scheduler.slabs import SlabPool
 from odewei.sliced import Experts
 from odewei.stock import Stock
-from odewei.survey import Modules, Weight, survey, walk
+from odewei.survey import Modules, Weight, streamed_roots, survey, walk
 from odewei.tables import cache_shares, table_place
+from odewei.tensor_bytes import tensor_bytes
 from odewei.trace_file import read_trace, trace_path
 from odewei.trace_map import units_entered
 from odewei.unit_readers import SCRATCH_BYTES, UnitReaders
@@ -170,7 +171,12 @@ class Runtime:
             self._expect_saved_order(model)
             undo.pop_all()
         _runtimes[model] = self
+<<<<<<< HEAD
         self._finalizer = weakref.finalize(stream, self.driver.leave_for_good, self.account)
+=======
+        streamed_roots.add(model)
+        self._finalizer = weakref.finalize(model, self.driver.leave_for_good, self.account)
+>>>>>>> wt-build
         self.driver.start()
         self.driver.poke()
 
@@ -265,6 +271,7 @@ class Runtime:
         """
         if not self._finalizer.alive:
             raise ClosedError("the model was closed", cure="Build it again to load it whole")
+<<<<<<< HEAD
         stream = self._stream()  # until the end
         model = self._model()
         modules = {id(module): module for module in self.binder.modules()}
@@ -285,6 +292,18 @@ class Runtime:
             _runtimes.pop(model, None)
         if not self._is_used_elsewhere(stream):
             self.close()
+=======
+        assert model is not None
+        parameters: dict[str, nn.Parameter] = {}
+        for unit in range(self.layout.pieces):
+            found = self.binder.hold(unit)
+            parameters.update({name: nn.Parameter(tensor.detach().clone()) for name, tensor in found.items()})
+        self._take_off(model)
+        self.binder.restore(parameters)
+        del _runtimes[model]
+        streamed_roots.discard(model)
+        self.close()
+>>>>>>> wt-build
 
     @staticmethod
     def _is_used_elsewhere(stream: WeightStream | None) -> bool:
@@ -454,8 +473,7 @@ class Runtime:
 
 def _buffer_bytes(modules: Modules) -> int:
     """Bytes of all buffers, each counted once."""
-    buffers = {id(found): found for _, module in modules.items() for found in module._buffers.values()}
-    return sum(buffer.nbytes for buffer in buffers.values() if buffer is not None)
+    return tensor_bytes(found for module in modules.modules for found in module._buffers.values() if found is not None)
 
 
 class _WarnOnce:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,10 @@ from torch import nn
 
 from odewei.errors import ModelError
 
-__all__ = ["Kind", "Modules", "Use", "Weight", "survey", "walk"]
+__all__ = ["Kind", "Modules", "Use", "Weight", "is_plain", "streamed_roots", "survey", "walk"]
+
+streamed_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The models that stream. As a part of another model they go on by themselves: who walks that leaves them alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +123,10 @@ class Modules:
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """What ``model.named_modules()`` yields, in its order, each with the number of the module that holds it (-1: none).
 
-    Without a generator for each level above a module, which are what ``named_modules`` spends its time on.
+    Without a generator for each level above a module, which are what ``named_modules`` spends its time on. Streamed
+    models that are parts of it are left out.
     """
-    seen: set[int] = set()
+    seen = {id(root) for root in streamed_roots if root is not model}
     pending: list[tuple[str, nn.Module, int]] = [("", model, -1)]
     number = 0
     while pending:
@@ -146,8 +151,16 @@ def survey(model: nn.Module | Modules, *, known: Mapping[int, Weight] | None = N
     Raises ModelError for a parameter that is more than its bytes (a quantised one) or has no shape yet (a lazy one).
     """
     found: dict[int, tuple[nn.Parameter, str, str]] = {}
+    model = Modules.of(model)
+    if model.model in streamed_roots:
+        raise ModelError(
+            f"model_fn returned a {type(model.model).__name__} that streams already",
+            cure="Have model_fn build the model, or call odewei.materialize on it before",
+        )
     tied: dict[int, list[Use]] = {}
-    for prefix, module in Modules.of(model).items():
+    for prefix, module in model.items():
+        if type(module._parameters) is not dict:  # a part of a streamed model, which goes on by itself
+            continue
         for local_name, parameter in module._parameters.items():
             if parameter is None or (known is not None and id(parameter) not in known):
                 continue
@@ -172,10 +185,18 @@ def survey(model: nn.Module | Modules, *, known: Mapping[int, Weight] | None = N
     return weights
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether shape, dtype, strides and bytes are all there is to it."""
+    return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
+
+
 def _check_plain(parameter: nn.Parameter, module: str, local_name: str) -> None:
-    if type(parameter) is not nn.Parameter or parameter.layout is not torch.strided:
+    if type(parameter) is not nn.Parameter or not is_plain(parameter):
+        kind = type(parameter).__name__
+        if type(parameter) is nn.Parameter:
+            kind += f" ({parameter.layout}, {parameter.dtype})"
         raise ModelError(
-            f"a parameter of class {type(parameter).__name__} cannot be streamed: its bytes alone do not make it",
+            f"a parameter of class {kind} cannot be streamed: its bytes alone do not make it",
             module=module or None,
             weight=local_name,
             cure="Have model_fn build the module with ordinary parameters (a lazy module: run it once before)",

@@ -27,7 +27,7 @@ from odewei.loaders import (
 from odewei.loaders.plain_callable import as_source
 from odewei.loaders.sums import Verify
 from odewei.memory_budget import MemoryBudget
-from odewei.meta_model import build_without_weights
+from odewei.meta_model import built_without_weights, not_of_a_build
 from odewei.options import Granularity, Options
 from odewei.runtime import Runtime
 
@@ -125,9 +125,8 @@ def init_on_demand_weights_model(
         on_missing=on_missing,
     )
     if isinstance(source, WeightsLoader):
-        with without_collector():
+        with not_of_a_build(), without_collector():
             source.weights()  # before the model, which then takes the memory that reading large headers took
-    model = build_without_weights(known_to_transformers(model_fn))
-    with without_collector():
+    with built_without_weights(known_to_transformers(model_fn)) as model, not_of_a_build(), without_collector():
         Runtime(model, source, options)
     return model

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from odewei.memory_budget import MemoryBudget
+from odewei.meta_model import not_of_a_build
 from odewei.pretrained.options import StreamOptions, check_options
 
 if TYPE_CHECKING:
@@ -70,10 +71,11 @@ def from_pretrained(
     from odewei.pretrained.build import build_pretrained
     from odewei.pretrained.hub import locate
 
-    folder = locate(path, revision=revision, local_files_only=local_files_only, with_code=trust_remote_code)
-    return build_pretrained(
-        folder, model_class=model_class, config=config, dtype=dtype, trusts_code=trust_remote_code, options=options
-    )
+    with not_of_a_build():
+        folder = locate(path, revision=revision, local_files_only=local_files_only, with_code=trust_remote_code)
+        return build_pretrained(
+            folder, model_class=model_class, config=config, dtype=dtype, trusts_code=trust_remote_code, options=options
+        )
 
 
 def stream_pipeline(

@@ -56,7 +56,9 @@ def build_transformers(
     checkpoint = open_weights(folder, TRANSFORMERS_WEIGHTS, explicit, verify=verify)
     settings.name_or_path = str(folder)
     main = _set_dtype(settings, dtype, checkpoint, quantiser)
-    model: Any = build_without_weights(known_to_transformers(lambda: _build(chosen, settings, main, quantiser)))
+    model: Any = build_without_weights(
+        known_to_transformers(lambda: _build(chosen, settings, main, quantiser)), draws=False
+    )
     loader = _converted(model, checkpoint, quantiser, main, device)
     names = list(model.state_dict())
     missing = _really_missing(model, tie(model, names, loader))
