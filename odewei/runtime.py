@@ -26,6 +26,7 @@ from odewei.guards import guard, unguard
 from odewei.hooks import Hooks, unhook
 from odewei.host_tier import HostTier
 from odewei.layout import Layout
+from odewei.load_hooks import as_loaded
 from odewei.loaders.base import WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.mapped_state import MappedState
@@ -81,10 +82,15 @@ class Runtime:
         options.budget.place(options.device)
         self.device = options.budget.device
         dtype = options.dtype or source.dtype
-        modules = Modules(model)
-        self.stock = Stock.match(model, survey(modules, of_copy=of_copy), source, dtype, options.on_missing)
         if not of_copy:
-            load_buffers(modules, source, dtype, options.on_missing)
+            source = self._source = as_loaded(model, source, partial=options.on_missing == "init")
+        modules = Modules(model)
+        weights = survey(modules, of_copy=of_copy)
+        self.stock = Stock.match(
+            model, weights, source, dtype, options.on_missing, on_mismatch=options.on_mismatch, strict=options.strict
+        )
+        if not of_copy:
+            self.stock.tell(load_buffers(modules, source, dtype, options.on_missing, options.on_mismatch))
             move_to(modules, self.device)
         self._buffer_bytes = _buffer_bytes(modules)
         self.budget = options.budget

@@ -5,28 +5,42 @@ Knows names, shapes, dtypes and places. Reads nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from odewei.errors import OptionsError, WeightMismatchError
 from odewei.loaders.base import WeightInfo, WeightsLoader
+from odewei.loaders.names import brief
 from odewei.loaders.plain_callable import CallableLoader
-from odewei.matching import bound_dtype, init_missing, match_weights
+from odewei.matching import bound_dtype, init_missing, match_weights, unused
 from odewei.survey import Weight
 
 __all__ = ["Stock"]
 
+_log = logging.getLogger("odewei")
+
 
 class Stock:
     """``weights`` in definition order; ``infos`` by their names, with others that the checkpoint has, empty where a
-    function delivers them; ``nbytes``: of all of them, bound.
+    function delivers them; ``nbytes``: of all of them, bound. ``missing`` are the names that the checkpoint lacks or
+    has in another shape (buffers included), ``unexpected`` its entries that the model has no use for.
     """
 
-    def __init__(self, weights: Sequence[Weight], infos: Mapping[str, WeightInfo], wanted: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        infos: Mapping[str, WeightInfo],
+        wanted: torch.dtype | None,
+        missing: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+    ) -> None:
         """``wanted``: the dtype to cast to, None to bind what is stored."""
         self.weights = weights
         self.infos = infos
+        self.missing, self.unexpected = missing, unexpected
         self._wanted = wanted
         self.nbytes = sum(map(self.nbytes_of, weights))
 
@@ -38,15 +52,52 @@ class Stock:
         source: WeightsLoader | CallableLoader,
         wanted: torch.dtype | None,
         on_missing: str,
+        *,
+        on_mismatch: str = "error",
+        strict: bool = False,
     ) -> Stock:
-        """What ``source`` has of the weights; the others are initialised, for good, or an error (see ``matching``)."""
+        """What ``source`` has of the weights; the others are initialised, for good, or an error (see ``matching``).
+
+        Raises WeightMismatchError if ``strict`` and the checkpoint has what the model has no use for.
+        """
         if isinstance(source, CallableLoader):
+            if strict or on_mismatch != "error":
+                raise OptionsError(
+                    "strict=True and on_mismatch='init' need to know what the checkpoint has: a function cannot say",
+                    cure="Leave them out, or give a loader",
+                )
             return cls(weights, {}, wanted)
-        matched = match_weights(weights, source, on_missing)
-        if matched.missing:
-            init_missing(model, matched.missing, wanted)
-        absent = {weight.name for weight in matched.missing}
-        return cls([weight for weight in weights if weight.name not in absent], matched.infos, wanted)
+        matched = match_weights(model, weights, source, on_missing, on_mismatch=on_mismatch)
+        unexpected = unused(model, source)
+        if strict and unexpected:
+            raise WeightMismatchError(
+                f"the checkpoint has what the model has no use for ({len(unexpected)}): {brief(unexpected)}",
+                weight=unexpected[0],
+                cure="Leave them out (rename= of the loader, to None), or pass strict=False",
+            )
+        absent = [*matched.missing, *matched.mismatched]
+        if absent:
+            init_missing(model, absent, wanted)
+        names = {weight.name for weight in absent}
+        present = [weight for weight in weights if weight.name not in names]
+        return cls(present, matched.infos, wanted, tuple(weight.name for weight in absent), unexpected)
+
+    def tell(self, buffers: Sequence[str] = ()) -> None:
+        """Log what is missing and what is unexpected, and note the ``buffers`` that stay as they were built."""
+        self.missing = (*self.missing, *buffers)
+        if self.missing:
+            _log.warning(
+                "the checkpoint lacks %d of the model's weights and buffers, or has them in another shape; they are "
+                "as the model initialises them: %s",
+                len(self.missing),
+                brief(self.missing),
+            )
+        if self.unexpected:
+            _log.warning(
+                "the checkpoint has what the model has no use for (%d): %s",
+                len(self.unexpected),
+                brief(self.unexpected),
+            )
 
     def nbytes_of(self, weight: Weight) -> int:
         """One of them, bound."""

@@ -7,6 +7,7 @@ are, put them here (:meth:`WeightsLoader.read_into`).
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -23,7 +24,7 @@ from odewei.errors import CheckpointError, CheckpointNotFoundError, OptionsError
 from odewei.loaders.names import Names, Rename
 from odewei.loaders.remote_path import AnyPath, RemotePath
 
-__all__ = ["CheckpointFile", "Span", "WeightInfo", "WeightPart", "WeightsLoader"]
+__all__ = ["CheckpointFile", "Other", "Span", "WeightInfo", "WeightPart", "WeightsLoader"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +219,27 @@ class WeightPart:
         return 0
 
 
+@dataclass(frozen=True, slots=True)
+class Other:
+    """An entry of a checkpoint that is no weight: a value (an epoch, a module's extra state), or what cannot be read.
+
+    ``error`` is what to raise when the model needs the entry as a weight.
+    """
+
+    value: object
+    error: CheckpointError
+
+    @property
+    def is_value(self) -> bool:
+        """Whether it is what was stored, and not only the reason why that cannot be read."""
+        return self.value is not self.error
+
+    @classmethod
+    def refused(cls, error: CheckpointError) -> Other:
+        """What cannot be read."""
+        return cls(error, error)
+
+
 class WeightsLoader(ABC):
     """A checkpoint whose weights are known by name before they are read.
 
@@ -249,6 +271,21 @@ class WeightsLoader(ABC):
         """The file that the checkpoint begins at; None if it is in no file, so that nothing can be kept beside it."""
         return None
 
+    @property
+    def is_as_loaded(self) -> bool:
+        """Whether the weights are what the model's ``load_state_dict`` makes of them: then its hooks do not run."""
+        return False
+
+    def others(self) -> Mapping[str, Other]:
+        """What the checkpoint holds besides weights, by the model's names. ``locate`` raises the error of what is asked
+        for; most is not.
+        """
+        return {}
+
+    def metadata(self) -> Mapping[str, Mapping[str, object]]:
+        """Versions that ``state_dict()`` kept for each module, by the module's name; empty where there are none."""
+        return {}
+
     @abstractmethod
     def weights(self) -> Mapping[str, WeightInfo]:
         """Every weight of the checkpoint by the model's name. Reads headers at most, never weights; the answer does not
@@ -266,9 +303,18 @@ class WeightsLoader(ABC):
         """
 
     def locate(self, names: Iterable[str]) -> dict[str, WeightInfo]:
-        """Those of ``names`` that the checkpoint has, with the place of their bytes."""
-        known = self.weights()
-        return {name: known[name] for name in names if name in known}
+        """Those of ``names`` that the checkpoint has, with the place of their bytes.
+
+        Raises CheckpointError for one that it has, but not as a tensor that can be read.
+        """
+        known, others = self.weights(), self.others()
+        found = {}
+        for name in names:
+            if name in known:
+                found[name] = known[name]
+            elif name in others:
+                raise copy.copy(others[name].error)
+        return found
 
     def __call__(self, module_name: str, weight_names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read the named weights into fresh host memory, as stored or in ``self.dtype``; unknown names are left out."""

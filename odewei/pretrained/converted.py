@@ -51,6 +51,10 @@ class ConvertedLoader(WeightsLoader):
         return self._loader.place
 
     @property
+    def is_as_loaded(self) -> bool:
+        return True  # transformers and diffusers set parameters one by one
+
+    @property
     def computed(self) -> tuple[str, ...]:
         """The names of the weights that are computed, not only read."""
         return tuple(self._computed)

@@ -1,0 +1,337 @@
+"""What a model's ``load_state_dict`` does beside copying, found out by calling it once, on tensors without values.
+
+Modules rename keys (``weight_g`` of an older weight norm), add what older checkpoints lack (``num_batches_tracked``),
+split, join and reshape weights, look at versions, take extra states that are no tensors. None of that is retold here:
+the model's own ``load_state_dict`` runs on stand-ins for the weights (``op_tape``), and what it leaves in each
+parameter and buffer says where that comes from. Models none of whose modules does such things are left alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from odewei.errors import OdeweiError, WeightMismatchError
+from odewei.loaders.base import WeightInfo, WeightsLoader
+from odewei.loaders.plain_callable import CallableLoader
+from odewei.loaders.prefixes import WRAPPERS, Reading, find_readings
+from odewei.matched_loader import MatchedLoader, RenamedLoader, read_stored
+from odewei.op_tape import OpTape, Program
+from odewei.survey import Modules
+
+__all__ = ["as_loaded"]
+
+_log = logging.getLogger("odewei")
+_EXTRA_STATE = "_extra_state"
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def as_loaded(
+    model: nn.Module, source: WeightsLoader | CallableLoader, *, partial: bool = False
+) -> WeightsLoader | CallableLoader:
+    """``source`` with the weights as the model's ``load_state_dict`` takes them: itself, where that only copies.
+
+    ``model`` has no weights yet. What its hooks do to it besides (extra states, buffers of their own) stays done; its
+    parameters stay what they are. Names that fit by one reading only are read so (see ``find_readings``); ``partial``:
+    also if that does not find all weights. A function's weights are asked for by the model's names: nothing to match.
+
+    Raises WeightMismatchError if ``load_state_dict`` refuses the checkpoint, ModelError if it needs values that a model
+    without weights does not have.
+    """
+    if isinstance(source, CallableLoader) or source.is_as_loaded:
+        return source
+    source = _read_so_that_it_fits(model, source, partial)
+    if _only_copies(model, source):
+        return source
+    return _Rehearsal(model, source).run()
+
+
+def _is_special(module: nn.Module) -> bool:
+    """Whether the module does more than copying when it is loaded."""
+    kind = type(module)
+    return bool(
+        kind._load_from_state_dict is not nn.Module._load_from_state_dict
+        or "_load_from_state_dict" in vars(module)
+        or module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or kind.set_extra_state is not nn.Module.set_extra_state
+    )
+
+
+def _only_copies(model: nn.Module, source: WeightsLoader) -> bool:
+    if type(model).load_state_dict is not nn.Module.load_state_dict or "load_state_dict" in vars(model):
+        return False
+    known = source.weights()
+    for prefix, module in Modules(model).items():
+        if _is_special(module):
+            return False
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            # torch takes one element for a scalar, as files of torch 0.3 have them
+            if tensor is not None and isinstance(tensor, torch.Tensor) and not _is_lazy(tensor) and tensor.dim() == 0:
+                info = known.get(f"{prefix}.{name}" if prefix else name)
+                if info is not None and info.shape == (1,):
+                    return False
+    return True
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return bool(nn.parameter.is_lazy(tensor))
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def _read_so_that_it_fits(model: nn.Module, source: WeightsLoader, partial: bool) -> WeightsLoader:
+    """``source`` under the names that the model has, if only one reading of its names gives them."""
+    known, others = source.weights(), source.others()
+    needed, all_names = _needed_names(model)
+    if not all_names or any(name in known for names in (needed or all_names).values() for name in names):
+        return source
+    names = needed or all_names
+    readings = find_readings(
+        [*known, *others], names, aliases={name: found[1:] for name, found in names.items()}, partial=partial
+    )
+    if len(readings) > 1:
+        _log.warning("several readings of the checkpoint's names fit the model, none is used: %s", _brief(readings))
+    if len(readings) != 1:
+        return source
+    reading = readings[0]
+    _log.info("the names of the checkpoint are read %s", reading)
+    return RenamedLoader(
+        source,
+        {new: known[old] for old, new in reading.names.items() if old in known},
+        {new: others[old] for old, new in reading.names.items() if old in others},
+        _metadata_read_so(model, source.metadata(), reading),
+    )
+
+
+def _needed_names(model: nn.Module) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """All names of each parameter, by its first; and only those of modules that do nothing with names themselves."""
+    found: dict[int, list[str]] = {}
+    special: set[int] = set()
+    apart: tuple[str, ...] = ()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if _is_special(module):
+            apart = (*apart, f"{prefix}." if prefix else "")
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                full = f"{prefix}.{name}" if prefix else name
+                found.setdefault(id(parameter), []).append(full)
+                if full.startswith(apart):
+                    special.add(id(parameter))
+    names = {one[0]: one for one in found.values()}
+    return {one[0]: one for key, one in found.items() if key not in special}, names
+
+
+def _metadata_read_so(
+    model: nn.Module, metadata: Mapping[str, Mapping[str, object]], reading: Reading
+) -> dict[str, Mapping[str, object]]:
+    spelt = {_bare(name): name for name, _ in model.named_modules(remove_duplicate=False)}
+    found = {}
+    for path, values in metadata.items():
+        bare = _bare(f"{path}.")
+        if bare.startswith(reading.removed):
+            new = (reading.added + bare[len(reading.removed) :]).removesuffix(".")
+            found[spelt.get(new, new)] = values
+    return found
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _brief(readings: Sequence[Reading]) -> str:
+    return "; ".join(map(str, readings[:4])) + ("; ..." if len(readings) > 4 else "")
+
+
+# -- hooks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Said:
+    """What ``load_state_dict`` says of keys. ``is_known``: it was torch's own that said it."""
+
+    is_known: bool = False
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def about(self, name: str) -> str | None:
+        """What is wrong with a key, in torch's words."""
+        return next((error for error in self.errors if f" {name}:" in error or f'"{name}"' in error), None)
+
+
+class _Rehearsal:
+    """One call of a model's ``load_state_dict`` on stand-ins."""
+
+    def __init__(self, model: nn.Module, source: WeightsLoader) -> None:
+        self._model, self._source = model, source
+        self._tape = OpTape(functools.partial(read_stored, source))
+        self._before: dict[tuple[int, str], torch.Tensor] = {}
+        self._modules = Modules(model)  # holds them, so that numbers stay theirs
+        self._infos: dict[str, WeightInfo] = {}
+        self._programs: dict[str, Program] = {}
+        self._settled: set[str] = set()
+        self._excused: set[str] = set()
+        self._mismatched: dict[str, str] = {}
+
+    def run(self) -> MatchedLoader:
+        for prefix, module in self._modules.items():
+            for name, tensor in _own(module):
+                self._before[id(module), name] = tensor
+                if isinstance(tensor, torch.Tensor) and tensor.is_meta and not _is_lazy(tensor):
+                    self._tape.without_values(tensor, f"{prefix}.{name}" if prefix else name)
+        try:
+            with _without_swapping():
+                said = self._load()
+                for prefix, module in Modules(self._model).items():
+                    self._look_at(prefix, module, said)
+                    self._settle_attributes(module)
+        finally:
+            self._restore()
+        return MatchedLoader(
+            self._source,
+            self._infos,
+            self._programs,
+            settled=frozenset(self._settled),
+            excused=frozenset(self._excused),
+            mismatched=self._mismatched,
+            unexpected=tuple(dict.fromkeys(said.unexpected)),
+        )
+
+    def _state(self) -> OrderedDict[str, object]:
+        state: OrderedDict[str, object] = OrderedDict()
+        for name, info in self._source.weights().items():
+            is_extra = name.rpartition(".")[2] == _EXTRA_STATE
+            state[name] = read_stored(self._source, info) if is_extra else self._tape.source(info)
+        state.update((name, other.value) for name, other in self._source.others().items() if other.is_value)
+        metadata = self._source.metadata()
+        if metadata:
+            state._metadata = copy.deepcopy(metadata)  # type: ignore[attr-defined]  # torch writes into it
+        return state
+
+    def _load(self) -> _Said:
+        said, model = _Said(), self._model
+
+        def note_keys(module: nn.Module, incompatible: Any) -> None:
+            said.is_known, said.missing, said.unexpected = True, incompatible[0], incompatible[1]
+
+        def note_errors(*arguments: Any) -> None:
+            said.errors = arguments[-1]
+
+        handles = [
+            model.register_load_state_dict_post_hook(note_keys),  # type: ignore[no-untyped-call]
+            model._register_load_state_dict_pre_hook(note_errors),  # type: ignore[no-untyped-call]
+        ]
+        try:
+            state = self._state()
+            with self._tape.watching():
+                _call(model, state)
+        except OdeweiError:
+            raise
+        except Exception as error:
+            if not said.is_known:  # it did not come to an end
+                raise self._refused(str(error), error) from error
+            said.errors = said.errors or [str(error)]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return said
+
+    def _look_at(self, prefix: str, module: nn.Module, said: _Said) -> None:
+        """Find out where what is in the module's parameters and buffers now comes from."""
+        for local_name, tensor in _own(module):
+            name = f"{prefix}.{local_name}" if prefix else local_name
+            before = self._before.get((id(module), local_name))
+            is_parameter = local_name in module._parameters
+            was_written = tensor.is_meta and not _is_lazy(tensor) and self._tape.was_written(tensor)
+            is_new = tensor is not before or was_written
+            if local_name in module._non_persistent_buffers_set:
+                if self._tape.has_values(tensor):
+                    setattr(module, local_name, self._tape.value(tensor))
+            elif is_new and not _is_lazy(tensor) and self._tape.has_values(tensor):
+                info, program = self._tape.describe(name, tensor)
+                self._infos[name] = info
+                if program is not None:
+                    self._programs[name] = program
+            elif is_new and not tensor.is_meta:
+                self._settled.add(name)
+            elif (problem := said.about(name)) is not None:
+                self._mismatched[name] = problem
+            elif said.is_known and name not in said.missing:
+                (self._excused if is_parameter else self._settled).add(name)
+
+    def _settle_attributes(self, module: nn.Module) -> None:
+        """Give values to what hooks made of weights and keep in plain attributes."""
+
+        def settled(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and not _is_lazy(value) and self._tape.has_values(value):
+                return self._tape.value(value)
+            if isinstance(value, list | tuple | dict) and type(value) in (list, tuple, dict):
+                items = value.values() if isinstance(value, dict) else value
+                new = [settled(one) for one in items]
+                if all(one is other for one, other in zip(new, items, strict=True)):
+                    return value
+                return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
+            return value
+
+        own = vars(module)
+        for name in own.keys() - _OF_EVERY_MODULE:
+            new = settled(own[name])
+            if new is not own[name]:
+                own[name] = new
+
+    def _restore(self) -> None:
+        """Put the model's own parameters and buffers back, where stand-ins of their shape took their places."""
+        for module in self._modules.modules:
+            for name, tensor in _own(module):
+                before = self._before.get((id(module), name))
+                if before is None or tensor is before or _is_lazy(before) or not self._tape.has(tensor):
+                    continue
+                if tensor.shape == before.shape:
+                    setattr(module, name, before)  # as torch does it: some modules keep second lists
+
+    def _refused(self, problem: str, error: Exception) -> WeightMismatchError:
+        return WeightMismatchError(
+            f"load_state_dict of {type(self._model).__name__} does not take the checkpoint: "
+            f"{type(error).__name__}: {problem[:500]}",
+            cure="If the ordinary model loads it, save that model's state_dict() and stream the new file; if not, "
+            "checkpoint and model do not belong together",
+        )
+
+
+def _call(model: nn.Module, state: Mapping[str, object]) -> None:
+    """Call ``load_state_dict`` with those of the usual keywords that it has, in case it is the model's own."""
+    keywords: dict[str, bool] = {"strict": False, "assign": True}
+    has = inspect.signature(model.load_state_dict).parameters.values()
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in has):
+        keywords = {name: value for name, value in keywords.items() if name in {one.name for one in has}}
+    model.load_state_dict(state, **keywords)
+
+
+def _own(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers that the module has, by their names in it."""
+    return [
+        (name, tensor) for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None
+    ]
+
+
+@contextmanager
+def _without_swapping() -> Iterator[None]:
+    """Meanwhile torch puts new parameters in the places of old ones, instead of swapping what is in them."""
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(False)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
