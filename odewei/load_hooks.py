@@ -16,13 +16,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from odewei.errors import OdeweiError, WeightMismatchError
 from odewei.loaders.base import WeightInfo, WeightsLoader
+from odewei.loaders.known_weights import KnownWeights
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.loaders.prefixes import WRAPPERS, Reading, find_readings
 from odewei.matched_loader import MatchedLoader, RenamedLoader, read_stored
@@ -33,15 +34,17 @@ __all__ = ["as_loaded"]
 
 _log = logging.getLogger("odewei")
 _EXTRA_STATE = "_extra_state"
+_Value = TypeVar("_Value")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def as_loaded(
-    model: nn.Module, source: WeightsLoader | CallableLoader, *, partial: bool = False
-) -> WeightsLoader | CallableLoader:
-    """``source`` with the weights as the model's ``load_state_dict`` takes them: itself, where that only copies.
+    modules: Modules, source: WeightsLoader | CallableLoader, *, partial: bool = False
+) -> tuple[WeightsLoader | CallableLoader, Modules]:
+    """``source`` with the weights as the model's ``load_state_dict`` takes them (itself, where that only copies), and
+    the model's modules, which may be others then.
 
-    ``model`` has no weights yet. What its hooks do to it besides (extra states, buffers of their own) stays done; its
+    The model has no weights yet. What its hooks do to it besides (extra states, buffers of their own) stays done; its
     parameters stay what they are. Names that fit by one reading only are read so (see ``find_readings``); ``partial``:
     also if that does not find all weights. A function's weights are asked for by the model's names: nothing to match.
 
@@ -49,11 +52,27 @@ def as_loaded(
     without weights does not have.
     """
     if isinstance(source, CallableLoader) or source.is_as_loaded:
-        return source
-    source = _read_so_that_it_fits(model, source, partial)
-    if _only_copies(model, source):
-        return source
-    return _Rehearsal(model, source).run()
+        return source, modules
+    model = modules.model
+    if not any(name in source.weights() for name in _parameter_names(modules)):
+        names, of_plain = _names(model)
+        if of_plain:
+            source = _renamed_to_fit(model, source, of_plain, partial) or source
+        elif names:  # hooks may do with names what they like: they come first
+            try:
+                matched = _Rehearsal(model, source).run()
+            except OdeweiError:
+                renamed = _renamed_to_fit(model, source, names, False)
+                if renamed is None:
+                    raise
+                source = renamed
+            else:
+                if not matched.is_empty:
+                    return matched, Modules(model)
+                source = _renamed_to_fit(model, source, names, partial) or source
+    if _only_copies(modules, source):
+        return source, modules
+    return _Rehearsal(model, source).run(), Modules(model)
 
 
 def _is_special(module: nn.Module) -> bool:
@@ -68,11 +87,12 @@ def _is_special(module: nn.Module) -> bool:
     )
 
 
-def _only_copies(model: nn.Module, source: WeightsLoader) -> bool:
+def _only_copies(modules: Modules, source: WeightsLoader) -> bool:
+    model = modules.model
     if type(model).load_state_dict is not nn.Module.load_state_dict or "load_state_dict" in vars(model):
         return False
     known = source.weights()
-    for prefix, module in Modules(model).items():
+    for prefix, module in modules.items():
         if _is_special(module):
             return False
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -91,35 +111,47 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
 # -- names ---------------------------------------------------------------------------------------------------------
 
 
-def _read_so_that_it_fits(model: nn.Module, source: WeightsLoader, partial: bool) -> WeightsLoader:
-    """``source`` under the names that the model has, if only one reading of its names gives them."""
-    known, others = source.weights(), source.others()
-    needed, all_names = _needed_names(model)
-    if not all_names or any(name in known for names in (needed or all_names).values() for name in names):
-        return source
-    names = needed or all_names
+def _parameter_names(modules: Modules) -> Iterator[str]:
+    for prefix, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{name}" if prefix else name
+
+
+def _renamed_to_fit(
+    model: nn.Module, source: WeightsLoader, names: Mapping[str, list[str]], partial: bool
+) -> WeightsLoader | None:
+    """``source`` under the names that the model has, if only one reading of its names gives them; else None."""
+    known, values = source.weights(), source.values()
+    refused = known.refused if isinstance(known, KnownWeights) else {}
     readings = find_readings(
-        [*known, *others], names, aliases={name: found[1:] for name, found in names.items()}, partial=partial
+        [*known, *refused, *values], names, aliases={name: found[1:] for name, found in names.items()}, partial=partial
     )
     if len(readings) > 1:
         _log.warning("several readings of the checkpoint's names fit the model, none is used: %s", _brief(readings))
     if len(readings) != 1:
-        return source
+        return None
     reading = readings[0]
     _log.info("the names of the checkpoint are read %s", reading)
     return RenamedLoader(
         source,
-        {new: known[old] for old, new in reading.names.items() if old in known},
-        {new: others[old] for old, new in reading.names.items() if old in others},
+        KnownWeights(_renamed(known, reading), _renamed(refused, reading)),
+        _renamed(values, reading),
         _metadata_read_so(model, source.metadata(), reading),
     )
 
 
-def _needed_names(model: nn.Module) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """All names of each parameter, by its first; and only those of modules that do nothing with names themselves."""
+def _renamed(found: Mapping[str, _Value], reading: Reading) -> dict[str, _Value]:
+    return {reading.names[name]: value for name, value in found.items() if name in reading.names}
+
+
+def _names(model: nn.Module) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """All names of each parameter, by its first; and only those outside of modules that may do something with names."""
     found: dict[int, list[str]] = {}
     special: set[int] = set()
     apart: tuple[str, ...] = ()
+    if type(model).load_state_dict is not nn.Module.load_state_dict or "load_state_dict" in vars(model):
+        apart = ("",)
     for prefix, module in model.named_modules(remove_duplicate=False):
         if _is_special(module):
             apart = (*apart, f"{prefix}." if prefix else "")
@@ -130,7 +162,7 @@ def _needed_names(model: nn.Module) -> tuple[dict[str, list[str]], dict[str, lis
                 if full.startswith(apart):
                     special.add(id(parameter))
     names = {one[0]: one for one in found.values()}
-    return {one[0]: one for key, one in found.items() if key not in special}, names
+    return names, {one[0]: one for key, one in found.items() if key not in special}
 
 
 def _metadata_read_so(
@@ -199,9 +231,12 @@ class _Rehearsal:
                     self._settle_attributes(module)
         finally:
             self._restore()
+        known = self._source.weights()
+        refused = known.refused if isinstance(known, KnownWeights) else {}
+        lacking = {name: error for name, error in refused.items() if name not in self._infos}
         return MatchedLoader(
             self._source,
-            self._infos,
+            KnownWeights(self._infos, lacking) if lacking else self._infos,
             self._programs,
             settled=frozenset(self._settled),
             excused=frozenset(self._excused),
@@ -214,7 +249,7 @@ class _Rehearsal:
         for name, info in self._source.weights().items():
             is_extra = name.rpartition(".")[2] == _EXTRA_STATE
             state[name] = read_stored(self._source, info) if is_extra else self._tape.source(info)
-        state.update((name, other.value) for name, other in self._source.others().items() if other.is_value)
+        state.update(self._source.values())
         metadata = self._source.metadata()
         if metadata:
             state._metadata = copy.deepcopy(metadata)  # type: ignore[attr-defined]  # torch writes into it
@@ -273,23 +308,22 @@ class _Rehearsal:
 
     def _settle_attributes(self, module: nn.Module) -> None:
         """Give values to what hooks made of weights and keep in plain attributes."""
-
-        def settled(value: Any) -> Any:
-            if isinstance(value, torch.Tensor) and not _is_lazy(value) and self._tape.has_values(value):
-                return self._tape.value(value)
-            if isinstance(value, list | tuple | dict) and type(value) in (list, tuple, dict):
-                items = value.values() if isinstance(value, dict) else value
-                new = [settled(one) for one in items]
-                if all(one is other for one, other in zip(new, items, strict=True)):
-                    return value
-                return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
-            return value
-
         own = vars(module)
         for name in own.keys() - _OF_EVERY_MODULE:
-            new = settled(own[name])
+            new = self._with_values(own[name])
             if new is not own[name]:
                 own[name] = new
+
+    def _with_values(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and not _is_lazy(value) and self._tape.has_values(value):
+            return self._tape.value(value)
+        if type(value) not in (list, tuple, dict):
+            return value
+        items = list(value.values() if isinstance(value, dict) else value)
+        new = [self._with_values(one) for one in items]
+        if all(one is other for one, other in zip(new, items, strict=True)):
+            return value
+        return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
 
     def _restore(self) -> None:
         """Put the model's own parameters and buffers back, where stand-ins of their shape took their places."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from odewei.loaders.base import Other, WeightInfo, WeightsLoader
+from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.gathering import GatheringLoader
 from odewei.loaders.tensors import view_as_weight
 from odewei.op_tape import Program
@@ -26,12 +26,12 @@ class RenamedLoader(WeightsLoader):
         self,
         loader: WeightsLoader,
         infos: Mapping[str, WeightInfo],
-        others: Mapping[str, Other],
+        values: Mapping[str, object],
         metadata: Mapping[str, Mapping[str, object]],
     ) -> None:
         super().__init__(device=loader.device, dtype=loader.dtype)
         self.loader = loader
-        self._infos, self._others, self._metadata = infos, others, metadata
+        self._infos, self._values, self._metadata = infos, values, metadata
 
     @property
     def place(self) -> Path | None:
@@ -40,8 +40,8 @@ class RenamedLoader(WeightsLoader):
     def weights(self) -> Mapping[str, WeightInfo]:
         return self._infos
 
-    def others(self) -> Mapping[str, Other]:
-        return self._others
+    def values(self) -> Mapping[str, object]:
+        return self._values
 
     def metadata(self) -> Mapping[str, Mapping[str, object]]:
         return self._metadata
@@ -74,7 +74,7 @@ class MatchedLoader(RenamedLoader):
         mismatched: Mapping[str, str],
         unexpected: tuple[str, ...],
     ) -> None:
-        super().__init__(loader, infos, loader.others(), {})
+        super().__init__(loader, infos, loader.values(), {})
         self._programs = programs
         self._gathering = GatheringLoader(loader, {})  # reads what is put together, whoever said of what
         self.settled, self.excused = settled, excused
@@ -85,13 +85,18 @@ class MatchedLoader(RenamedLoader):
         return True
 
     @property
+    def is_empty(self) -> bool:
+        """Whether the model took nothing at all of the checkpoint."""
+        return not self._infos and not self.settled
+
+    @property
     def computed(self) -> tuple[str, ...]:
         """The names of the weights that are computed, not only read."""
         return tuple(self._programs)
 
     def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
         program = self._programs.get(info.name)
-        if program is None or self._infos.get(info.name) is not info:
+        if program is None or self._infos[info.name] is not info:
             self._gathering.read_into(info, buffer)
             return
         if buffer.nbytes != info.nbytes:

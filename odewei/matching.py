@@ -6,7 +6,6 @@ several names in the checkpoint, the last that ``load_state_dict`` would copy co
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from odewei.errors import MissingWeightError, ModelError, WeightMismatchError
 from odewei.loaders.base import WeightInfo, WeightsLoader
+from odewei.loaders.known_weights import KnownWeights
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.loaders.tensors import is_castable, read_tensor
 from odewei.matched_loader import MatchedLoader
@@ -32,12 +32,13 @@ _BUILD_AS_MADE = (
 @dataclass(frozen=True, slots=True)
 class Matched:
     """What was found for the model: each weight's place by the weight's own name, among others that the checkpoint has,
-    and the weights that have to be initialised: ``missing`` ones, and ``mismatched`` ones.
+    and the weights that have to be initialised: ``missing`` ones, and ``mismatched`` ones. ``settled`` have values.
     """
 
     infos: Mapping[str, WeightInfo]
     missing: tuple[Weight, ...]
     mismatched: tuple[Weight, ...] = ()
+    settled: tuple[Weight, ...] = ()
 
 
 class SlotNames:
@@ -93,11 +94,16 @@ def match_weights(
     missing: list[Weight] = []
     mismatched: list[Weight] = []
     excused: list[Weight] = []
+    settled: list[Weight] = []
+    has_values = loader.settled if isinstance(loader, MatchedLoader) else frozenset()
     for weight in weights:
         info = known.get(weight.name)
         if info is None or weight.tied:
             found = _names_of(weight, modules, names)
-            last = next((name for name in reversed(found) if name in known), None)
+            last = next((name for name in reversed(found) if name in known or name in has_values), None)
+            if last in has_values:
+                settled.append(weight)
+                continue
             if last is None:
                 said = _said_of(found, loader)
                 (mismatched if said is _MISMATCHED else excused if said is _EXCUSED else missing).append(weight)
@@ -117,7 +123,7 @@ def match_weights(
     if missing and on_missing == "error":
         raise _missing(missing, known)
     infos = known if not renamed else {**known, **renamed}
-    return Matched(infos, (*missing, *excused), tuple(mismatched))
+    return Matched(infos, (*missing, *excused), tuple(mismatched), tuple(settled))
 
 
 _MISMATCHED, _EXCUSED, _MISSING = "mismatched", "excused", "missing"
@@ -131,11 +137,7 @@ def _names_of(weight: Weight, modules: Modules, names: SlotNames) -> list[str]:
 
 
 def _said_of(names: Sequence[str], loader: WeightsLoader) -> str:
-    """What is to be said of a weight that no name leads to. Raises the loader's error if it has it, unreadable."""
-    others = loader.others()
-    for name in names:
-        if name in others:
-            raise copy.copy(others[name].error)
+    """What is to be said of a weight that no name leads to."""
     if isinstance(loader, MatchedLoader):
         if any(name in loader.mismatched for name in names):
             return _MISMATCHED
@@ -184,14 +186,21 @@ def _missing(missing: Sequence[Weight], known: Mapping[str, WeightInfo]) -> Miss
     )
 
 
-def unused(model: nn.Module, loader: WeightsLoader) -> tuple[str, ...]:
+def unused(modules: Modules, weights: Sequence[Weight], loader: WeightsLoader) -> tuple[str, ...]:
     """The checkpoint's entries that the model has no use for, by the names that the loader gives them."""
     if isinstance(loader, MatchedLoader):
         return loader.unexpected
     if loader.is_as_loaded:
         return ()  # whoever made it has left out what is not used
-    expected = frozenset(SlotNames(model))
-    return tuple(name for entries in (loader.weights(), loader.others()) for name in entries if name not in expected)
+    known = loader.weights()
+    refused = known.refused if isinstance(known, KnownWeights) else {}
+    entries = dict.fromkeys([*known, *refused, *loader.values()])  # what is no tensor may be among both of the latter
+    for weight in weights:
+        entries.pop(weight.name, None)
+    if entries:  # buffers, and further names
+        expected = frozenset(SlotNames(modules.model))
+        return tuple(name for name in entries if name not in expected)
+    return ()
 
 
 # -- buffers -------------------------------------------------------------------------------------------------------

@@ -82,12 +82,13 @@ class Runtime:
         options.budget.place(options.device)
         self.device = options.budget.device
         dtype = options.dtype or source.dtype
-        if not of_copy:
-            source = self._source = as_loaded(model, source, partial=options.on_missing == "init")
         modules = Modules(model)
+        if not of_copy:
+            source, modules = as_loaded(modules, source, partial=options.on_missing == "init")
+            self._source = source
         weights = survey(modules, of_copy=of_copy)
         self.stock = Stock.match(
-            model, weights, source, dtype, options.on_missing, on_mismatch=options.on_mismatch, strict=options.strict
+            modules, weights, source, dtype, options.on_missing, on_mismatch=options.on_mismatch, strict=options.strict
         )
         if not of_copy:
             self.stock.tell(load_buffers(modules, source, dtype, options.on_missing, options.on_mismatch))

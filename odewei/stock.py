@@ -16,7 +16,7 @@ from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.names import brief
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.matching import bound_dtype, init_missing, match_weights, unused
-from odewei.survey import Weight
+from odewei.survey import Modules, Weight
 
 __all__ = ["Stock"]
 
@@ -47,7 +47,7 @@ class Stock:
     @classmethod
     def match(
         cls,
-        model: nn.Module,
+        model: nn.Module | Modules,
         weights: Sequence[Weight],
         source: WeightsLoader | CallableLoader,
         wanted: torch.dtype | None,
@@ -67,8 +67,9 @@ class Stock:
                     cure="Leave them out, or give a loader",
                 )
             return cls(weights, {}, wanted)
-        matched = match_weights(model, weights, source, on_missing, on_mismatch=on_mismatch)
-        unexpected = unused(model, source)
+        modules = Modules.of(model)
+        matched = match_weights(modules, weights, source, on_missing, on_mismatch=on_mismatch)
+        unexpected = unused(modules, weights, source)
         if strict and unexpected:
             raise WeightMismatchError(
                 f"the checkpoint has what the model has no use for ({len(unexpected)}): {brief(unexpected)}",
@@ -77,8 +78,9 @@ class Stock:
             )
         absent = [*matched.missing, *matched.mismatched]
         if absent:
-            init_missing(model, absent, wanted)
-        names = {weight.name for weight in absent}
+            init_missing(modules.model, absent, wanted)
+        _settle(matched.settled, modules, wanted)
+        names = {weight.name for weight in (*absent, *matched.settled)}
         present = [weight for weight in weights if weight.name not in names]
         return cls(present, matched.infos, wanted, tuple(weight.name for weight in absent), unexpected)
 
@@ -129,3 +131,16 @@ class Stock:
 
     def __repr__(self) -> str:
         return f"<Stock of {len(self.weights)} weights, {self.nbytes} bytes>"
+
+
+def _settle(settled: Sequence[Weight], modules: Modules, wanted: torch.dtype | None) -> None:
+    """Make weights that the model's hooks gave values those of all places that have them, cast as others are."""
+    for weight in settled:
+        own = [modules.named[use.module]._parameters for use in weight.uses]
+        found = (places[use.local_name] for places, use in zip(own, weight.uses, strict=True))
+        given = [parameter for parameter in found if parameter is not None and not parameter.is_meta][-1]
+        target = bound_dtype(given.dtype, wanted)
+        if given.dtype != target:
+            given = nn.Parameter(given.detach().to(target), requires_grad=given.requires_grad)
+        for places, use in zip(own, weight.uses, strict=True):
+            places[use.local_name] = given

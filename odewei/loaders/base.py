@@ -7,7 +7,6 @@ are, put them here (:meth:`WeightsLoader.read_into`).
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import os
@@ -24,7 +23,7 @@ from odewei.errors import CheckpointError, CheckpointNotFoundError, OptionsError
 from odewei.loaders.names import Names, Rename
 from odewei.loaders.remote_path import AnyPath, RemotePath
 
-__all__ = ["CheckpointFile", "Other", "Span", "WeightInfo", "WeightPart", "WeightsLoader"]
+__all__ = ["CheckpointFile", "Span", "WeightInfo", "WeightPart", "WeightsLoader"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,27 +218,6 @@ class WeightPart:
         return 0
 
 
-@dataclass(frozen=True, slots=True)
-class Other:
-    """An entry of a checkpoint that is no weight: a value (an epoch, a module's extra state), or what cannot be read.
-
-    ``error`` is what to raise when the model needs the entry as a weight.
-    """
-
-    value: object
-    error: CheckpointError
-
-    @property
-    def is_value(self) -> bool:
-        """Whether it is what was stored, and not only the reason why that cannot be read."""
-        return self.value is not self.error
-
-    @classmethod
-    def refused(cls, error: CheckpointError) -> Other:
-        """What cannot be read."""
-        return cls(error, error)
-
-
 class WeightsLoader(ABC):
     """A checkpoint whose weights are known by name before they are read.
 
@@ -276,10 +254,8 @@ class WeightsLoader(ABC):
         """Whether the weights are what the model's ``load_state_dict`` makes of them: then its hooks do not run."""
         return False
 
-    def others(self) -> Mapping[str, Other]:
-        """What the checkpoint holds besides weights, by the model's names. ``locate`` raises the error of what is asked
-        for; most is not.
-        """
+    def values(self) -> Mapping[str, object]:
+        """What the checkpoint holds besides tensors, by the model's names: a module's extra state, an epoch."""
         return {}
 
     def metadata(self) -> Mapping[str, Mapping[str, object]]:
@@ -289,7 +265,7 @@ class WeightsLoader(ABC):
     @abstractmethod
     def weights(self) -> Mapping[str, WeightInfo]:
         """Every weight of the checkpoint by the model's name. Reads headers at most, never weights; the answer does not
-        change.
+        change. It may be a ``KnownWeights``, which raises where somebody asks for a tensor that cannot be read.
 
         Raises CheckpointError when headers or indexes cannot be used.
         """
@@ -307,14 +283,8 @@ class WeightsLoader(ABC):
 
         Raises CheckpointError for one that it has, but not as a tensor that can be read.
         """
-        known, others = self.weights(), self.others()
-        found = {}
-        for name in names:
-            if name in known:
-                found[name] = known[name]
-            elif name in others:
-                raise copy.copy(others[name].error)
-        return found
+        known = self.weights()
+        return {name: known[name] for name in names if name in known}
 
     def __call__(self, module_name: str, weight_names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read the named weights into fresh host memory, as stored or in ``self.dtype``; unknown names are left out."""

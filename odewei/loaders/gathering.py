@@ -18,6 +18,7 @@ import numpy.typing as npt
 from odewei.errors import CheckpointError, MissingWeightError, OptionsError, WeightMismatchError
 from odewei.loaders.base import Span, WeightInfo, WeightPart, WeightsLoader
 from odewei.loaders.file_loader import read_span
+from odewei.loaders.known_weights import KnownWeights, named
 from odewei.loaders.names import Rename
 from odewei.loaders.tensors import contiguous_stride
 
@@ -91,7 +92,7 @@ class GatheringLoader(WeightsLoader):
                 )
         self.loader = loader
         self.recipes = dict(recipes)
-        self._weights: dict[str, WeightInfo] | None = None
+        self._weights: Mapping[str, WeightInfo] | None = None
 
     @property
     def place(self) -> Path | None:
@@ -103,6 +104,7 @@ class GatheringLoader(WeightsLoader):
             made = {name: gather(name, recipe, known) for name, recipe in self.recipes.items()}
             used = {source for recipe in self.recipes.values() for source in _names(recipe)}
             found = {name: info for name, info in known.items() if name not in used}
+            refused = known.refused if isinstance(known, KnownWeights) else {}
             for name, info in made.items():
                 if name in found:
                     raise CheckpointError(
@@ -112,8 +114,14 @@ class GatheringLoader(WeightsLoader):
                         cure="Take the recipe out, or have the loader's rename leave the weight out",
                     )
                 found[name] = info
-            self._weights = self._names.apply(found)
+            self._weights = named(KnownWeights(found, refused) if refused else found, self._names, None)
         return self._weights
+
+    def values(self) -> Mapping[str, object]:
+        return self._names.values(self.loader.values())
+
+    def metadata(self) -> Mapping[str, Mapping[str, object]]:
+        return self._names.metadata(self.loader.metadata())
 
     def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
         if not info.parts:

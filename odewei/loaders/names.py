@@ -67,6 +67,25 @@ class Names:
             sources[name] = source
         return {name: found[source] for name, source in sources.items()}
 
+    def values(self, found: Mapping[str, _Value]) -> dict[str, _Value]:
+        """What is no weight, under the model's names. ``rename`` is not checked: that it knows weights is enough."""
+        short = {name.removeprefix(self.prefix): value for name, value in found.items() if name.startswith(self.prefix)}
+        names = {name: self._new(name, None) for name in short}
+        return {new: short[name] for name, new in names.items() if new is not None}
+
+    def metadata(self, found: object) -> dict[str, Mapping[str, object]]:
+        """What ``state_dict()`` keeps of each module, by the model's names of modules, as far as that can be told: a
+        ``rename`` is of weights, and whoever renames a state dictionary by hand loses it too.
+        """
+        if self.rename is not None or not isinstance(found, Mapping):
+            return {}
+        kept = {f"{path}.": values for path, values in found.items() if isinstance(values, Mapping)}
+        return {
+            path.removeprefix(self.prefix).removesuffix("."): values
+            for path, values in kept.items()
+            if path.startswith(self.prefix)
+        }
+
     def _without_prefix(self, found: Mapping[str, object], file: str | None) -> dict[str, str]:
         kept = {name.removeprefix(self.prefix): name for name in found if name.startswith(self.prefix)}
         if found and not kept:
