@@ -21,6 +21,7 @@ import torch
 
 from odewei.errors import CheckpointError, OptionsError, WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightInfo, WeightsLoader
+from odewei.loaders.known_weights import KnownWeights, named
 from odewei.loaders.names import Rename
 from odewei.loaders.remote_file import RemoteFile, RemoteStream
 from odewei.loaders.remote_path import AnyPath, RemoteOptions, as_place
@@ -161,7 +162,7 @@ class FileLoader(WeightsLoader):
                 cure="Use verify='size', or download the checkpoint and open the copy",
             )
         self._check_path()
-        self._weights: dict[str, WeightInfo] | None = None
+        self._weights: Mapping[str, WeightInfo] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -180,23 +181,31 @@ class FileLoader(WeightsLoader):
         return file
 
     @abstractmethod
-    def _read_headers(self) -> dict[str, WeightInfo]:
-        """All weights by the checkpoint's names. Called under the lock, until it has succeeded once."""
+    def _read_headers(self) -> Mapping[str, WeightInfo]:
+        """All weights by the checkpoint's names, ``KnownWeights`` where some of them cannot be read. Called under the
+        lock, until it has succeeded once.
+        """
 
     def weights(self) -> Mapping[str, WeightInfo]:
         with self._lock:
             if self._weights is None:
-                self._weights = self._names.apply(self._read_headers(), file=str(self.path))
-            return MappingProxyType(self._weights)
+                found = named(self._read_headers(), self._names, str(self.path))
+                self._weights = found if isinstance(found, KnownWeights) else MappingProxyType(found)
+            return self._weights
 
     def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
         read_span(info, buffer)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        state = {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        if isinstance(self._weights, MappingProxyType):  # which cannot be pickled
+            state["_weights"] = dict(self._weights)
+        return state
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
+        if isinstance(self._weights, dict):
+            self._weights = MappingProxyType(self._weights)
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
