@@ -27,7 +27,7 @@ from odewei.loaders.torch_file import TorchLoader
 
 __all__ = ["NUMPY_SUFFIXES", "TORCH_SUFFIXES", "ShardedWeightsLoader", "is_weights_file", "open_weights_file"]
 
-TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 NUMPY_SUFFIXES = (".npz", ".npy")
 _KINDS: dict[str, type[FileLoader]] = {
     ".safetensors": SafetensorsLoader,
