@@ -49,9 +49,6 @@ def again(error: CheckpointError) -> CheckpointError:
 
 
 def named(found: Mapping[str, WeightInfo], names: Names, file: str | None) -> Mapping[str, WeightInfo]:
-=======
-def named(found: Mapping[str, WeightInfo], names: Names, file: str) -> Mapping[str, WeightInfo]:
->>>>>>> wt-loaders
     """``found`` under the model's names, what is refused included. Raises CheckpointError as ``Names.apply`` does."""
     if not isinstance(found, KnownWeights) or not found.refused:
         return names.apply(found, file=file)

@@ -19,6 +19,7 @@ from odewei.loaders.pickle_values import (
     Global,
     Named,
     OtherKey,
+    Stated,
     StorageRecord,
     TensorRecord,
     call,
@@ -189,7 +190,7 @@ class PickleReader:
     def _build(self) -> None:
         state = self._pop()
         target = self._stack[-1]
-        if isinstance(target, Named):
+        if isinstance(target, Named | Stated):
             target.state = state
         elif isinstance(target, TensorRecord | StorageRecord):
             raise ValueError("a tensor is given another state")

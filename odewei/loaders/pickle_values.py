@@ -15,7 +15,17 @@ from pickle import UnpicklingError  # the class only: nothing here unpickles
 
 import torch
 
-__all__ = ["ForbiddenCallError", "Global", "Named", "OtherKey", "StorageRecord", "TensorRecord", "Unreadable", "call"]
+__all__ = [
+    "ForbiddenCallError",
+    "Global",
+    "Named",
+    "OtherKey",
+    "Stated",
+    "StorageRecord",
+    "TensorRecord",
+    "Unreadable",
+    "call",
+]
 
 _STORAGES = {
     "Double": torch.float64,
@@ -58,6 +68,12 @@ class Named:
 
     name: str
     arguments: object = ()
+    state: object = None
+
+
+class Stated(dict[object, object]):
+    """A mapping that attributes are set on: state dictionaries keep versions so."""
+
     state: object = None
 
 
@@ -229,7 +245,7 @@ def _size(sizes: object = ()) -> tuple[int, ...]:
 def _mapping(*arguments: object) -> dict[object, object]:
     """An OrderedDict: empty, or of pairs."""
     pairs = arguments[-1] if arguments else ()
-    found: dict[object, object] = {}
+    found = Stated()
     for pair in pairs if isinstance(pairs, list | tuple) else ():
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError("an OrderedDict is of no pairs")

@@ -14,13 +14,14 @@ import torch
 
 from odewei.errors import CheckpointError, CorruptCheckpointError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
-from odewei.loaders.file_loader import FileLoader, open_header
+from odewei.loaders.file_loader import FileLoader, open_header, read_span
 from odewei.loaders.known_weights import KnownWeights
 from odewei.loaders.names import Rename
 from odewei.loaders.pickle_values import Global, Named, TensorRecord, Unreadable
+from odewei.loaders.plain_values import plain_metadata, plain_value
 from odewei.loaders.remote_path import RemoteOptions
 from odewei.loaders.sums import Verify
-from odewei.loaders.tensors import contiguous_stride
+from odewei.loaders.tensors import contiguous_stride, view_as_weight
 from odewei.loaders.told import tell_once
 from odewei.loaders.torch_archive import TorchContents, read_torch_file
 
@@ -65,12 +66,15 @@ class TorchLoader(FileLoader):
             verify=verify,
         )
         self.key = key
+        self._values: dict[str, object] = {}
+        self._metadata: object = None
 
     def _read_headers(self) -> Mapping[str, WeightInfo]:
         file = self._file(self.path)
         with open_header(file) as stream:
             contents = read_torch_file(stream, file)
-        values, where = _choose(contents.value, self.key, file)
+        values, where, metadata = _choose(contents.value, self.key, file)
+        self._metadata = metadata
         if where:
             tell_once(f"the weights of {str(file.path)!r} are those under {' and '.join(map(repr, where))}")
         infos: dict[str, WeightInfo] = {}
@@ -84,11 +88,38 @@ class TorchLoader(FileLoader):
                 refused[name] = error
         if refused and not infos:
             raise next(iter(refused.values()))
+        self._values = dict(_plain(values, contents, file))
         return KnownWeights(infos, refused)
 
+    def values(self) -> Mapping[str, object]:
+        self.weights()
+        return self._names.values(self._values)
 
-def _choose(value: object, key: str | None, file: CheckpointFile) -> tuple[dict[str, object], list[str]]:
-    """The values by the names of weights, and the keys that led to them."""
+    def metadata(self) -> Mapping[str, Mapping[str, object]]:
+        self.weights()
+        return self._names.metadata(self._metadata)
+
+
+def _plain(values: Mapping[str, object], contents: TorchContents, file: CheckpointFile) -> Iterator[tuple[str, object]]:
+    """What is no tensor, as far as it is plain values; tensors are read where they are parts of a module's state."""
+    for name, value in values.items():
+        if isinstance(value, TensorRecord | Unreadable):
+            continue
+
+        def read(record: TensorRecord, name: str = name) -> torch.Tensor:
+            info = weight_of_record(name, record, contents, file)
+            raw = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
+            read_span(info, raw.numpy().data)
+            return view_as_weight(raw, info)
+
+        try:
+            yield name, plain_value(value, read if name.rpartition(".")[2] == "_extra_state" else None)
+        except ValueError:
+            continue  # nobody can be given it; it stays among the refused
+
+
+def _choose(value: object, key: str | None, file: CheckpointFile) -> tuple[dict[str, object], list[str], object]:
+    """The values by the names of weights, the keys that led to them, and the versions that are kept with them."""
     if not isinstance(value, Mapping):
         kind = value.name[:200] if isinstance(value, Named | Global) else type(value).__name__
         problem = f"the file holds a {_kind(value)}, not a mapping of names to tensors"
@@ -98,14 +129,20 @@ def _choose(value: object, key: str | None, file: CheckpointFile) -> tuple[dict[
         if not isinstance(inner, Mapping):
             there = ", ".join(repr(name) for name, one in _texts(value) if isinstance(one, Mapping)) or "none"
             _refuse(file, f"the file has no mapping under the key {key!r}", f"Keys with mappings: {there}")
-        return dict(_texts(inner)), []
+        return dict(_texts(inner)), [], plain_metadata(inner)
     found = [(".".join(path), inner) for path, inner in _mappings(value, (), _MAX_DEPTH)]
     if not found or not found[0][0]:
-        return dict(_texts(value)), []
+        return dict(_texts(value)), [], plain_metadata(value)
     keys = [path for path, _ in found]
     if len(found) == 1:
-        return dict(_texts(found[0][1])), keys
-    return {f"{path}.{name}": one for path, inner in found for name, one in _texts(inner)}, keys
+        return dict(_texts(found[0][1])), keys, plain_metadata(found[0][1])
+    names = {f"{path}.{name}": one for path, inner in found for name, one in _texts(inner)}
+    versions: dict[str, object] = {}
+    for path, inner in found:
+        metadata = plain_metadata(inner)
+        if isinstance(metadata, Mapping):
+            versions |= {f"{path}.{module}".removesuffix("."): one for module, one in metadata.items()}
+    return names, keys, versions
 
 
 def _mappings(value: _Values, where: tuple[str, ...], depth: int) -> Iterator[tuple[tuple[str, ...], _Values]]:
