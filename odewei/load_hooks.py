@@ -11,11 +11,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -54,25 +55,36 @@ def as_loaded(
     if isinstance(source, CallableLoader) or source.is_as_loaded:
         return source, modules
     model = modules.model
-    if not any(name in source.weights() for name in _parameter_names(modules)):
+    if not _all_found(modules, source.weights()):
         names, of_plain = _names(model)
         if of_plain:
-            source = _renamed_to_fit(model, source, of_plain, partial) or source
+            source = next(_readings_of(model, source, of_plain, partial), source)
         elif names:  # hooks may do with names what they like: they come first
-            try:
-                matched = _Rehearsal(model, source).run()
-            except OdeweiError:
-                renamed = _renamed_to_fit(model, source, names, False)
-                if renamed is None:
-                    raise
-                source = renamed
-            else:
-                if not matched.is_empty:
-                    return matched, Modules(model)
-                source = _renamed_to_fit(model, source, names, partial) or source
+            return _first_that_fits(model, source, names, partial), Modules(model)
     if _only_copies(modules, source):
         return source, modules
     return _Rehearsal(model, source).run(), Modules(model)
+
+
+def _first_that_fits(
+    model: nn.Module, source: WeightsLoader, names: Mapping[str, list[str]], partial: bool
+) -> MatchedLoader:
+    """What the hooks make of the names as they are; where that is nothing, of the names read so that they fit."""
+    problem: OdeweiError | None = None
+    nothing: MatchedLoader | None = None
+    for one in itertools.chain([source], _readings_of(model, source, names, partial)):
+        try:
+            matched = _Rehearsal(model, one).run()
+        except OdeweiError as error:
+            problem = problem or error
+            continue
+        if not matched.is_empty:
+            return matched
+        nothing = nothing or matched
+    if problem is not None:
+        raise problem
+    assert nothing is not None
+    return nothing
 
 
 def _is_special(module: nn.Module) -> bool:
@@ -111,17 +123,23 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
 # -- names ---------------------------------------------------------------------------------------------------------
 
 
-def _parameter_names(modules: Modules) -> Iterator[str]:
+def _all_found(modules: Modules, known: Mapping[str, WeightInfo]) -> bool:
+    """Whether the checkpoint has every parameter under a name that it has in the model."""
+    lacking: set[int] = set()
+    found: set[int] = set()
     for prefix, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield f"{prefix}.{name}" if prefix else name
+                (found if (f"{prefix}.{name}" if prefix else name) in known else lacking).add(id(parameter))
+    return lacking <= found
 
 
-def _renamed_to_fit(
+def _readings_of(
     model: nn.Module, source: WeightsLoader, names: Mapping[str, list[str]], partial: bool
-) -> WeightsLoader | None:
-    """``source`` under the names that the model has, if only one reading of its names gives them; else None."""
+) -> Iterator[WeightsLoader]:
+    """``source`` under the names that the model has, if only one reading of its names gives them. Then, where wrappers
+    are a part of these, without them: wrappers' own hooks may put them in.
+    """
     known, values = source.weights(), source.values()
     refused = known.refused if isinstance(known, KnownWeights) else {}
     readings = find_readings(
@@ -130,15 +148,19 @@ def _renamed_to_fit(
     if len(readings) > 1:
         _log.warning("several readings of the checkpoint's names fit the model, none is used: %s", _brief(readings))
     if len(readings) != 1:
-        return None
+        return
     reading = readings[0]
     _log.info("the names of the checkpoint are read %s", reading)
-    return RenamedLoader(
-        source,
-        KnownWeights(_renamed(known, reading), _renamed(refused, reading)),
-        _renamed(values, reading),
-        _metadata_read_so(model, source.metadata(), reading),
-    )
+    bare = replace(reading, names={old: _bare(new) for old, new in reading.names.items()})
+    spelt = {_bare(name): name for name, _ in model.named_modules(remove_duplicate=False)}
+    for one, paths in [(reading, spelt)] + [(bare, {})] * (bare != reading):
+        infos, lacking = _renamed(known, one), _renamed(refused, one)
+        yield RenamedLoader(
+            source,
+            KnownWeights(infos, lacking) if lacking else infos,
+            _renamed(values, one),
+            _metadata_read_so(source.metadata(), one, paths),
+        )
 
 
 def _renamed(found: Mapping[str, _Value], reading: Reading) -> dict[str, _Value]:
@@ -166,9 +188,8 @@ def _names(model: nn.Module) -> tuple[dict[str, list[str]], dict[str, list[str]]
 
 
 def _metadata_read_so(
-    model: nn.Module, metadata: Mapping[str, Mapping[str, object]], reading: Reading
+    metadata: Mapping[str, Mapping[str, object]], reading: Reading, spelt: Mapping[str, str]
 ) -> dict[str, Mapping[str, object]]:
-    spelt = {_bare(name): name for name, _ in model.named_modules(remove_duplicate=False)}
     found = {}
     for path, values in metadata.items():
         bare = _bare(f"{path}.")

@@ -90,6 +90,7 @@ def match_weights(
     """
     modules = Modules.of(model)
     known, names = loader.weights(), SlotNames(modules.model)
+    has_twins = _has_twins(modules)
     renamed: dict[str, WeightInfo] = {}
     missing: list[Weight] = []
     mismatched: list[Weight] = []
@@ -98,7 +99,7 @@ def match_weights(
     has_values = loader.settled if isinstance(loader, MatchedLoader) else frozenset()
     for weight in weights:
         info = known.get(weight.name)
-        if info is None or weight.tied:
+        if info is None or weight.tied or has_twins:
             found = _names_of(weight, modules, names)
             last = next((name for name in reversed(found) if name in known or name in has_values), None)
             if last in has_values:
@@ -127,6 +128,12 @@ def match_weights(
 
 
 _MISMATCHED, _EXCUSED, _MISSING = "mismatched", "excused", "missing"
+
+
+def _has_twins(modules: Modules) -> bool:
+    """Whether a module is in several places of the model."""
+    held = sum(child is not None for _, module in modules.items() for child in module._modules.values())
+    return held >= len(modules.names)
 
 
 def _names_of(weight: Weight, modules: Modules, names: SlotNames) -> list[str]:

@@ -1,9 +1,9 @@
-"""A streamed model takes a checkpoint as ``load_state_dict`` of the ordinary model does: hooks, versions, names."""
+"""A streamed model takes a checkpoint as ``load_state_dict`` of the ordinary model does: names, shapes, leftovers."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.nn.utils import parametrizations
 
 import odewei
-from odewei.errors import MissingWeightError, ModelError, WeightMismatchError
-from odewei.matched_loader import MatchedLoader
+from odewei.errors import CheckpointError, MissingWeightError, OptionsError, WeightMismatchError
 from odewei.runtime import runtime_of
-from odewei.torch import StateDictLoader, init_on_demand_weights_model
-
-State = dict[str, Any]
-X = torch.linspace(-1, 1, 16).view(2, 8)
+from odewei.torch import StateDictLoader
+from tests.loading import (
+    Computed,
+    State,
+    X,
+    assert_same,
+    linear,
+    norms,
+    norms_without_counts,
+    old_weight_norm_state,
+    resident,
+    sources,
+    streamed,
+    weight_norm,
+    wrapped,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,451 +41,377 @@ def seed() -> Iterator[None]:
         yield
 
 
-def resident(model_fn: Callable[[], nn.Module], state: Mapping[str, Any], *, strict: bool = False) -> nn.Module:
-    """The ordinary model."""
-    model = model_fn()
-    model.load_state_dict(copy.deepcopy(state), strict=strict)
-    return model.eval()
+# -- what nobody needs ---------------------------------------------------------------------------------------------
 
 
-def streamed(model_fn: Callable[[], nn.Module], source: Any, **options: Any) -> nn.Module:
-    """The model under test."""
-    return init_on_demand_weights_model(model_fn, source, **options).eval()
+def two() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
 
 
-def sources(state: State, folder: Path) -> list[object]:
-    """The same weights in memory and in a file."""
-    save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
-    return [state, str(folder / "model.safetensors")]
+def two_state() -> State:
+    return {**linear("0."), **linear("1.", 8, 4)}
 
 
-def assert_same(model: nn.Module, ordinary: nn.Module) -> None:
-    """Both compute the same bits, twice, and have the same weights and buffers."""
-    with torch.no_grad():
-        for _ in range(2):
-            assert torch.equal(model(X), ordinary(X))
-        found, expected = model.state_dict(), ordinary.state_dict()
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            if isinstance(value, torch.Tensor):
-                assert found[name].dtype == value.dtype, name
-                assert torch.equal(found[name] + 0, value + 0), name
-
-
-def computed(model: nn.Module) -> tuple[str, ...]:
-    """The weights that are computed when they are read."""
-    source = runtime_of(model)._source
-    return source.computed if isinstance(source, MatchedLoader) else ()
-
-
-def linear(name: str = "", inside: int = 8, outside: int = 8) -> State:
-    """A checkpoint of one linear layer."""
-    return {f"{name}weight": torch.randn(outside, inside), f"{name}bias": torch.randn(outside)}
-
-
-# -- modules that do more than copying -----------------------------------------------------------------------------
-
-
-def weight_norm() -> nn.Module:
-    """Two layers, one of them in the new weight norm, which renames the keys of the old one."""
-    return nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 4))
-
-
-def old_weight_norm_state() -> State:
-    return {
-        "0.weight_g": torch.rand(8, 1),
-        "0.weight_v": torch.randn(8, 8),
-        "0.bias": torch.randn(8),
-        **linear("1.", 8, 4),
-    }
-
-
-class Fused(nn.Module):
-    """A hook joins three layers to one, as timm and many others do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(24, 4)
-        self._register_load_state_dict_pre_hook(self.join)
-
-    def join(self, state: State, prefix: str, *_: object) -> None:
-        for part in ("weight", "bias"):
-            if f"{prefix}q.{part}" in state:
-                state[f"{prefix}qkv.{part}"] = torch.cat([state.pop(f"{prefix}{one}.{part}") for one in "qkv"])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.out(self.qkv(x))
-        return result
-
-
-class Split(nn.Module):
-    """An override cuts one weight into several."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
-
-    def _load_from_state_dict(self, state: State, prefix: str, *rest: Any) -> None:
-        if f"{prefix}qk" in state:
-            state[f"{prefix}q.weight"], state[f"{prefix}k.weight"] = state.pop(f"{prefix}qk").chunk(2)
-        super()._load_from_state_dict(state, prefix, *rest)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.k(self.q(x))
-        return result
-
-
-class Computed(Split):
-    """The same, from another layout, by arithmetic and by looking at values."""
-
-    def _load_from_state_dict(self, state: State, prefix: str, *rest: Any) -> None:
-        joined = state.pop(f"{prefix}qk")
-        if joined.abs().max() > 100 or torch.equal(joined, joined * 2):
-            raise ValueError("no weights")
-        q, k = joined.t().chunk(2, dim=0)
-        state[f"{prefix}q.weight"] = q * joined.mean().item()
-        state[f"{prefix}k.weight"] = k.float() + torch.arange(8.0)
-        state[f"{prefix}q.bias"].mul_(2)
-        self.total = float(joined.numpy().sum())
-        self.largest = joined.amax(dim=1)[:8]
-        super()._load_from_state_dict(state, prefix, *rest)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * self.total + self.largest
-
-
-class Copying(nn.Linear):
-    """An override that copies by itself and calls nothing else."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 8)
-        self.scale = nn.Parameter(torch.ones(()))
-        self.register_buffer("offset", torch.zeros(()))
-        self.offset: torch.Tensor
-
-    def _load_from_state_dict(self, state: State, prefix: str, *_: Any) -> None:
-        with torch.no_grad():
-            self.weight.copy_(state[f"{prefix}w"].t())
-            self.bias.data.copy_(state[f"{prefix}b"])
-            self.scale.copy_(state[f"{prefix}s"][0])
-            self.offset.fill_(state[f"{prefix}s"].item())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * self.scale + self.offset
-
-
-class Renaming(nn.Module):
-    """A model whose ``load_state_dict`` is its own, without the newer keywords."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:  # type: ignore[override]
-        renamed = {name.replace("old_name.", "inner."): value for name, value in state.items()}
-        return super().load_state_dict(renamed, strict=strict)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.inner(x)
-        return result
-
-
-class Defaults(nn.Linear):
-    """A hook gives what older checkpoints lack, and resizes what has another length."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 8)
-        self.scale = nn.Parameter(torch.full((8,), 2.0))
-        self.positions = nn.Parameter(torch.zeros(4, 8))
-
-    def _load_from_state_dict(self, state: State, prefix: str, *rest: Any) -> None:
-        state.setdefault(f"{prefix}scale", torch.full((8,), 3.0))
-        found = state[f"{prefix}positions"]
-        if found.shape != self.positions.shape:
-            resized = nn.functional.interpolate(found.t()[None], size=4, mode="linear")[0].t()
-            state[f"{prefix}positions"] = resized
-        super()._load_from_state_dict(state, prefix, *rest)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * self.scale + self.positions.mean(dim=0)
-
-
-def norms() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8, affine=False))
-
-
-def norms_without_counts() -> State:
-    state = {name: torch.rand_like(value) for name, value in norms().state_dict().items() if value.is_floating_point()}
-    return {**state, "1.running_var": torch.rand(8) + 1}
-
-
-def spectral() -> nn.Module:
-    return nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 4))
-
-
-def old_spectral_state() -> State:
-    """As torch 0.4 saved it: without ``weight_v``, with the normalised weight."""
-    state = dict(spectral().state_dict())
-    del state["0.weight_v"]
-    return {**state, "0.weight": state["0.weight_orig"] * 0.5}
-
-
-def lazy() -> nn.Module:
-    return nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(4))
-
-
-def not_lazy_state() -> State:
-    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).state_dict()
-
-
-def wrapped() -> nn.Module:
-    """torch's checkpointing wrapper adds its name to keys that lack it."""
-    return nn.Sequential(checkpoint_wrapper(nn.Linear(8, 8)), checkpoint_wrapper(nn.Linear(8, 4)))
-
-
-def fused_state() -> State:
-    return {**linear("q."), **linear("k."), **linear("v."), **linear("out.", 24, 4)}
-
-
-SPECIAL = {
-    "weight_norm": (weight_norm, old_weight_norm_state, ()),
-    "fused": (Fused, fused_state, None),
-    "split": (Split, lambda: {"qk": torch.randn(16, 8), "q.bias": torch.randn(8)}, None),
-    "computed": (Computed, lambda: {"qk": torch.randn(8, 16), "q.bias": torch.randn(8)}, None),
-    "copying": (Copying, lambda: {"w": torch.randn(8, 8), "b": torch.randn(8), "s": torch.ones(1)}, None),
-    "renaming": (Renaming, lambda: linear("old_name."), ()),
-    "defaults": (Defaults, lambda: {**linear(), "positions": torch.randn(6, 8)}, ("positions",)),
-    "norms": (norms, norms_without_counts, ()),
-    "spectral": (spectral, lambda: dict(spectral().state_dict()), ()),
-    "old spectral": (spectral, old_spectral_state, ("0.weight_v",)),
-    "lazy": (lazy, not_lazy_state, ()),
-    "checkpointed": (wrapped, lambda: {**linear("0."), **linear("1.", 8, 4)}, ()),
-    "lstm": (lambda: Recurrent(), lambda: Recurrent().state_dict(), ()),
-    "attention": (lambda: Attending(), lambda: Attending().state_dict(), ()),
+NEEDLESS = {
+    "number": 3,
+    "text": "adam",
+    "nested": {"lr": [0.1]},
+    "sparse": torch.eye(3).to_sparse(),
+    "half": torch.zeros(3, dtype=torch.float16).to_sparse(),
+    "meta": torch.empty(3, device="meta"),
+    "shape": torch.zeros(3, 3, 3),
+    "nothing": torch.zeros(0),
+    "integers": torch.arange(3),
 }
 
 
-class Recurrent(nn.Module):
-    """An LSTM in a model with a hook: it keeps a second list of its weights."""
+@pytest.mark.parametrize("kind", NEEDLESS)
+def test_what_nobody_needs_is_told_and_not_read(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Entries that no module has are told once, whatever they are; they are an error only under ``strict``."""
+    needed = two_state()
+    state = {**needed, "needless": NEEDLESS[kind]}
+    torch.save(state, tmp_path / "model.pt")
+    for source in (state, str(tmp_path / "model.pt")):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "odewei"):
+            model = streamed(two, source)
+        assert [record.message for record in caplog.records if "no use for" in record.message] == [
+            "the checkpoint has what the model has no use for (1): 'needless'"
+        ]
+        assert runtime_of(model).stock.unexpected == ("needless",)
+        assert_same(model, resident(two, needed))
+        with pytest.raises(WeightMismatchError, match=r"no use for \(1\): 'needless'.*rename") as caught:
+            streamed(two, source, strict=True)
+        assert caught.value.weight == "needless"
+
+
+def test_rename_leaves_out_what_is_no_tensor(tmp_path: Path) -> None:
+    """The cure of the strict error works for what is no tensor too, by a mapping or a function."""
+    needed = two_state()
+    state = {**needed, "epoch": 3}
+    torch.save(state, tmp_path / "model.pt")
+    for rename in ({"epoch": None}, lambda name: None if name == "epoch" else name):
+        for loader in (
+            odewei.open_checkpoint(tmp_path / "model.pt", rename=rename),
+            StateDictLoader(state, rename=rename),
+        ):
+            assert_same(streamed(two, loader, strict=True), resident(two, needed))
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_what_is_needed_and_no_tensor_is_an_error(special: bool, tmp_path: Path) -> None:
+    """A weight that the checkpoint has as something else is refused, whatever ``on_missing`` says."""
+
+    def model_fn() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) if special else nn.Sequential(nn.Linear(8, 8))
+
+    state = {**model_fn().state_dict(), "0.bias": 3}
+    torch.save(state, tmp_path / "model.pt")
+    for source in (state, str(tmp_path / "model.pt")):
+        for on_missing in ("error", "init"):
+            with pytest.raises(CheckpointError, match=r"a tensor was expected, this is a int.*'0\.bias'"):
+                streamed(model_fn, source, on_missing=on_missing)
+
+
+def test_a_model_without_leftovers_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Tied weights, shared modules and entries under further names of either are all expected."""
+    with caplog.at_level(logging.INFO, "odewei"):
+        streamed(Shared, Shared().state_dict(), strict=True)
+        streamed(norms, norms().state_dict(), strict=True)
+    assert not [record.message for record in caplog.records if "checkpoint" in record.message]
+
+
+# -- several names for one thing -----------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """A module, a weight and a buffer that have two names each, and a view of a buffer that has none."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.LSTM(8, 8)
-        self._register_load_state_dict_pre_hook(lambda *_: None)
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+        self.head = nn.Linear(8, 8, bias=False)
+        self.head.weight = self.first.weight
+        self.inner = nn.Module()
+        self.register_buffer("scale", torch.ones(8))
+        self.inner.register_buffer("scale", self.scale)
+        self.half = self.scale[:4]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.inner(x[None])[0]
+        result: torch.Tensor = self.head(self.second(x)) * self.inner.scale + self.half.sum()
         return result
 
 
-class Attending(nn.Module):
-    """Attention, beside a module with an extra look at versions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.InstanceNorm1d(8, track_running_stats=True)
-        self.inner = nn.MultiheadAttention(8, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x.t()[None])[0].t().contiguous()
-        result: torch.Tensor = self.inner(x, x, x)[0]
-        return result
+def shared_state() -> State:
+    return {"first.weight": torch.randn(8, 8), "first.bias": torch.randn(8), "scale": torch.randn(8)}
 
 
-@pytest.mark.parametrize("kind", SPECIAL)
-@pytest.mark.parametrize("place", [0, 1], ids=["memory", "file"])
-def test_hooks_and_overrides_do_what_they_do(kind: str, place: int, tmp_path: Path) -> None:
-    """Whatever modules do when they are loaded, the streamed model has the values and bits of the ordinary one."""
-    model_fn, make, expected = SPECIAL[kind]
-    state = make()
-    model = streamed(model_fn, sources(state, tmp_path)[place], memory_budget=3000)
-    assert_same(model, resident(model_fn, state))
-    if expected is not None:
-        assert computed(model) == expected
-
-
-def test_joined_and_cut_weights_are_read_to_their_places(tmp_path: Path) -> None:
-    """What a hook only joins, cuts or renames is not computed: it stays a place in the file."""
-    fused = streamed(Fused, sources(fused_state(), tmp_path)[1])
-    assert computed(fused) == ()
-    split = streamed(Split, sources({"qk": torch.randn(16, 8), "q.bias": torch.randn(8)}, tmp_path)[1])
-    assert computed(split) == ()
-    infos = runtime_of(split).stock.infos
-    assert [infos[name].span is not None for name in ("q.weight", "k.weight")] == [True, True]
-
-
-def test_computed_weights_come_and_go(tmp_path: Path) -> None:
-    """A model of many computed weights runs within a budget that holds few of them, and after an eviction too."""
-
-    def model_fn() -> nn.Module:
-        return nn.Sequential(*(Computed() for _ in range(6)))
-
-    state = {f"{i}.{name}": value for i in range(6) for name, value in SPECIAL["computed"][1]().items()}
-    model = streamed(model_fn, sources(state, tmp_path)[1], memory_budget=2048, granularity="leaf", prefetch_depth=0)
-    assert_same(model, resident(model_fn, state))
-    report = odewei.report(model)
-    assert report.evictions > 0
-    assert report.peak_bytes <= 2048
-
-
-def test_a_copy_does_not_load_again(tmp_path: Path) -> None:
-    """A deep copy has the same values, and hooks do not run on what they have made already."""
-    state = SPECIAL["computed"][1]()
-    model = streamed(Computed, sources(state, tmp_path)[1])
-    assert_same(copy.deepcopy(model), resident(Computed, state))
-
-
-def test_the_generator_and_torchs_switches_are_left_alone() -> None:
-    """Loading draws no random numbers, and swapping parameters is switched as it was."""
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        before = torch.random.get_rng_state()
-        model = init_on_demand_weights_model(weight_norm, old_weight_norm_state())
-        del before
-        assert torch.__future__.get_swap_module_params_on_conversion()
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-    odewei.close(model)
-
-
-def test_what_needs_the_values_of_the_built_model_is_refused() -> None:
-    """A hook that adds to the weight it finds in the model cannot be right, as there is none: the error names it."""
-
-    class Adding(nn.Linear):
-        def _load_from_state_dict(self, state: State, prefix: str, *_: Any) -> None:
-            with torch.no_grad():
-                self.weight[:4] = state["weight"][:4]
-                self.bias.copy_(state["bias"])
-
-    with pytest.raises(ModelError, match=r"built without.*'weight'.*stream what its state_dict"):
-        streamed(lambda: Adding(8, 8), linear())
-
-
-def test_an_error_of_a_hook_is_told_with_its_words() -> None:
-    """What a hook raises stops the build, as it would stop ``load_state_dict``."""
-
-    class Refusing(nn.Linear):
-        def _load_from_state_dict(self, state: State, prefix: str, *_: Any) -> None:
-            raise KeyError("relative_position_index")
-
-    with pytest.raises(WeightMismatchError, match=r"KeyError: 'relative_position_index'.*belong together") as caught:
-        streamed(lambda: Refusing(8, 8), linear())
-    assert isinstance(caught.value.__cause__, KeyError)
-
-
-# -- versions and extra states -------------------------------------------------------------------------------------
-
-
-class Versioned(nn.Linear):
-    """Its weights of version 1 were stored halved."""
-
-    _version = 2
-
-    def _load_from_state_dict(self, state: State, prefix: str, metadata: State, *rest: Any) -> None:
-        if metadata.get("version", 1) < 2:
-            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
-        super()._load_from_state_dict(state, prefix, metadata, *rest)
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_versions_are_those_of_the_state_dictionary(prefix: str) -> None:
-    """A state dictionary with metadata is loaded by its versions; a plain one has none."""
-
-    def model_fn() -> nn.Module:
-        return nn.Sequential(Versioned(8, 8))
-
-    state = model_fn().state_dict()
-    assert_same(streamed(model_fn, state), resident(model_fn, state))
-    assert_same(streamed(model_fn, dict(state)), resident(model_fn, dict(state)))
-    wrapped = nn.Sequential()
-    wrapped.module = model_fn()
-    wrapped.load_state_dict({f"module.{name}": value for name, value in state.items()})
-    given = StateDictLoader(wrapped.state_dict(), prefix=prefix)
-    state = {name: given.loader if False else value for name, value in wrapped.module.state_dict().items()}
-    expected = model_fn()
-    expected.load_state_dict(wrapped.module.state_dict())
-    assert_same(streamed(model_fn, given), expected.eval())
-
-
-def test_missing_counts_are_missing_in_a_new_checkpoint() -> None:
-    """Where the metadata says that a norm knew its count, a lacking one is an error, as in ``load_state_dict``."""
-    state = norms().state_dict()
-    del state["1.num_batches_tracked"]
-    with pytest.raises(MissingWeightError, match=r"lacks the buffer '1\.num_batches_tracked'"):
-        streamed(norms, state)
-    model = streamed(norms, state, on_missing="init")
-    assert runtime_of(model).stock.missing == ("1.num_batches_tracked",)
-    assert_same(model, resident(norms, state))
-
-
-class Stateful(nn.Linear):
-    """Keeps more than tensors."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 8)
-        self.state: dict[str, Any] = {"scale": 1.0, "shift": torch.zeros(8)}
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return self.state
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = super().forward(x) * self.state["scale"] + self.state["shift"]
-        return result
-
-
-def test_extra_states_are_set() -> None:
-    """``set_extra_state`` gets what ``get_extra_state`` gave, tensors in it with their values; a copy keeps its own."""
-
-    def model_fn() -> nn.Module:
-        return nn.Sequential(Stateful(), Stateful())
-
-    state = model_fn().state_dict()
-    state["0._extra_state"] = {"scale": 3.0, "shift": torch.randn(8)}
-    model = streamed(model_fn, state)
-    assert_same(model, resident(model_fn, state))
-    model[0].state = {"scale": 4.0, "shift": torch.zeros(8)}  # type: ignore[operator, index, union-attr]
-    assert copy.deepcopy(model)[0].state["scale"] == 4.0
-
-
-def test_an_extra_state_that_is_a_tensor_has_values(tmp_path: Path) -> None:
-    """Some libraries keep bytes in a tensor: the module gets them, not a tensor without values."""
-
-    class Bytes(nn.Linear):
-        def get_extra_state(self) -> torch.Tensor:
-            return torch.zeros(1)
-
-        def set_extra_state(self, state: torch.Tensor) -> None:
-            self.scale = float(state)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) * self.scale
-
-    state = {**linear(), "_extra_state": torch.tensor(5.0)}
+@pytest.mark.parametrize("names", [{}, {"first.weight": "head.weight"}, {"first.bias": "second.bias"}])
+@pytest.mark.parametrize("buffer", ["scale", "inner.scale"])
+def test_one_name_of_several_is_enough(names: dict[str, str], buffer: str, tmp_path: Path) -> None:
+    """As savers leave out what is shared, any of the names will do, and everybody who shares has the values."""
+    state = {({**names, "scale": buffer}).get(name, name): value for name, value in shared_state().items()}
     for source in sources(state, tmp_path):
-        assert_same(streamed(lambda: Bytes(8, 8), source), resident(lambda: Bytes(8, 8), state))
+        model = streamed(Shared, source)
+        assert_same(model, resident(Shared, state))
+        assert model.scale is model.inner.scale  # type: ignore[union-attr]
 
 
-def test_hooks_after_loading_run() -> None:
-    """A hook after loading may compute from weights, and excuse missing ones: these are initialised."""
+def test_of_several_values_the_last_that_is_copied_counts(tmp_path: Path) -> None:
+    """Where a checkpoint has other values under each name, ``load_state_dict`` leaves the last in the shared tensor."""
+    state = {name: torch.randn_like(value) for name, value in Shared().state_dict().items()}
+    for source in sources(state, tmp_path):
+        assert_same(streamed(Shared, source), resident(Shared, state))
 
-    class After(nn.Linear):
+
+# -- buffers -------------------------------------------------------------------------------------------------------
+
+
+class Buffers(nn.Module):
+    """Buffers of every odd kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.register_buffer("none", None)
+        self.register_buffer("empty", torch.zeros(0, 3))
+        self.register_buffer("scalar", torch.zeros(()))
+        self.register_buffer("mask", torch.ones(8, dtype=torch.bool))
+        self.register_buffer("table", torch.zeros(4, 8).t())
+        self.register_buffer("same", torch.zeros(1).expand(8))
+        self.register_buffer("own", torch.full((8,), 3.0), persistent=False)
+        self.scalar: torch.Tensor
+        self.mask: torch.Tensor
+        self.table: torch.Tensor
+        self.own: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.mask, x * self.weight, self.own) + self.scalar + self.table.sum(dim=1)
+
+
+def buffers_state() -> State:
+    return {
+        "weight": torch.randn(8),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.0),
+        "mask": torch.arange(8) % 2 == 0,
+        "table": torch.randn(8, 4),
+        "same": torch.zeros(8),
+    }
+
+
+def test_buffers_of_every_kind(tmp_path: Path) -> None:
+    """Empty, scalar, strided, boolean ones, and None, come out as copying into the model's leaves them."""
+    state = buffers_state()
+    for source in sources(state, tmp_path):
+        model = streamed(Buffers, source)
+        expected = Buffers()
+        expected.load_state_dict({**state, "same": torch.zeros(8)}, assign=True)
+        assert torch.equal(model(X), expected(X))
+        assert model.none is None
+        assert model.table.stride() == Buffers().table.stride()  # type: ignore[union-attr, operator]
+        assert {name: (value.dtype, value.shape) for name, value in model.named_buffers()} == {
+            name: (value.dtype, value.shape) for name, value in expected.named_buffers()
+        }
+
+
+def test_a_buffer_for_none_is_unexpected() -> None:
+    """As in torch, a buffer that is None in the model takes nothing."""
+    model = streamed(Buffers, {**buffers_state(), "none": torch.ones(2)})
+    assert runtime_of(model).stock.unexpected == ("none",)
+    assert model.none is None
+
+
+@pytest.mark.parametrize("stored", [torch.uint8, torch.float32, torch.int64])
+def test_a_buffer_of_another_kind_of_dtype_is_cast_to_the_models(stored: torch.dtype) -> None:
+    """A mask that was stored as numbers is a mask again."""
+    state = buffers_state()
+    cast = {**state, "mask": state["mask"].to(stored)}
+    assert streamed(Buffers, cast).mask.dtype is torch.bool
+    assert torch.equal(streamed(Buffers, cast)(X), streamed(Buffers, state)(X))
+
+
+def test_floating_buffers_come_as_they_are_stored() -> None:
+    """A floating buffer keeps the checkpoint's precision, as weights do, and is cast by ``dtype=`` as they are."""
+    state = {**buffers_state(), "table": torch.randn(8, 4, dtype=torch.float64)}
+    assert streamed(Buffers, state).table.dtype is torch.float64
+    assert streamed(Buffers, state, dtype=torch.float32).table.dtype is torch.float32
+    assert streamed(Buffers, state, dtype=torch.bfloat16).table.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_one_element_fits_a_scalar(suffix: str, tmp_path: Path) -> None:
+    """As files of torch 0.3 have them, parameters and buffers without dimensions may be stored with one."""
+
+    class Scalars(nn.Module):
         def __init__(self) -> None:
-            super().__init__(8, 8)
-            self.extra = nn.Linear(8, 8)
-            self.register_load_state_dict_post_hook(self.after)
-
-        def after(self, module: nn.Module, incompatible: Any) -> None:
-            self.total = self.weight.sum(dim=0)
-            incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if "extra" not in name]
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.register_buffer("offset", torch.zeros(()))
+            self.offset: torch.Tensor
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + self.total
+            return x * self.scale + self.offset
 
-    state = linear()
-    model = streamed(After, state)
-    assert torch.equal(model(X), resident(After, state, strict=True)(X))
-    assert runtime_of(model).stock.missing == ("extra.weight", "extra.bias")
-    assert model.extra.weight.isfinite().all()
+    state = {"scale": torch.tensor([3.0]), "offset": torch.tensor([2.0])}
+    path = tmp_path / f"model.{suffix}"
+    torch.save(state, path) if suffix == "pt" else save_file(state, path)
+    for source in (state, str(path)):
+        assert_same(streamed(Scalars, source), resident(Scalars, state))
+    with pytest.raises(WeightMismatchError, match=r"\(1, 1\)|\[1, 1\]"):
+        streamed(Scalars, {**state, "scale": torch.ones(1, 1)})
+
+
+# -- other shapes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_another_shape_is_an_error_whose_cure_works(special: bool) -> None:
+    """A weight of another shape is refused with both shapes; ``on_mismatch="init"`` initialises it and says so."""
+
+    def model_fn() -> nn.Module:
+        head = nn.Linear(8, 5)
+        return (
+            nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), head) if special else nn.Sequential(nn.Linear(8, 8), head)
+        )
+
+    state = dict(model_fn().state_dict())
+    name = list(state)[-1].partition(".")[0]
+    fitting = dict(state)
+    state |= {f"{name}.weight": torch.randn(3, 8), f"{name}.bias": torch.randn(3)}
+    with pytest.raises(WeightMismatchError, match=r'3, 8.*5, 8.*on_mismatch="init"') as caught:
+        streamed(model_fn, state)
+    assert caught.value.weight == f"{name}.weight"
+    model = streamed(model_fn, state, on_mismatch="init")
+    assert runtime_of(model).stock.missing == (f"{name}.weight", f"{name}.bias")
+    assert model(X).shape == (2, 5)
+    assert model(X).isfinite().all()
+    for key, value in model.state_dict().items():
+        assert key.startswith(f"{name}.") or torch.equal(value + 0, fitting[key] + 0)
+
+
+def test_a_buffer_of_another_shape(caplog: pytest.LogCaptureFixture) -> None:
+    """It is an error, or stays as it was built where that was asked for; nothing is changed before the error."""
+    built = Buffers()
+    state = {**buffers_state(), "table": torch.zeros(8, 5)}
+    with pytest.raises(WeightMismatchError, match=r"\(8, 5\) for a buffer, the model \(8, 4\).*'table'.*on_mismatch"):
+        streamed(lambda: built, state)
+    assert built.scalar == 0
+    with caplog.at_level(logging.WARNING, "odewei"):
+        model = streamed(Buffers, state, on_mismatch="init")
+    assert "as the model initialises them: 'table'" in caplog.text
+    assert torch.equal(model.table, torch.zeros(8, 4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"strict": 1}, {"on_mismatch": "ignore"}])
+def test_options_are_checked(options: dict[str, Any]) -> None:
+    """A value that cannot work is refused by its name."""
+    with pytest.raises(OptionsError, match=next(iter(options))):
+        streamed(two, two_state(), **options)
+
+
+@pytest.mark.parametrize("options", [{"strict": True}, {"on_mismatch": "init"}])
+def test_a_function_cannot_say_what_it_has(options: dict[str, Any]) -> None:
+    """What needs to know the whole checkpoint is refused where a function delivers the weights."""
+    state = two_state()
+    with pytest.raises(OptionsError, match="a function cannot say"):
+        streamed(two, lambda _, names: {name: state[name] for name in names}, **options)
+
+
+# -- prefixes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: f"state_dict.{name}",
+        lambda name: name.replace(".", "._orig_mod.", 1),
+    ],
+)
+@pytest.mark.parametrize("make", ["two", "weight_norm", "norms", "wrapped"])
+def test_what_is_wrapped_around_names_is_taken_off(
+    spell: Callable[[str], str], make: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where only one reading of the names fits the model it is used, and said, whatever hooks do afterwards."""
+    model_fn, state = {
+        "two": (two, two_state()),
+        "weight_norm": (weight_norm, old_weight_norm_state()),
+        "norms": (norms, norms_without_counts()),
+        "wrapped": (wrapped, {**linear("0."), **linear("1.", 8, 4)}),
+    }[make]
+    spelt = {spell(name): value for name, value in state.items()}
+    with caplog.at_level(logging.INFO, "odewei"):
+        for source in sources(spelt, tmp_path):
+            assert_same(streamed(model_fn, source, strict=True), resident(model_fn, state))
+    assert "the names of the checkpoint are read without" in caplog.text
+
+
+def test_names_of_a_wrapped_model_are_found() -> None:
+    """A checkpoint of the bare model fits one that is compiled, in whole or in part."""
+
+    def model_fn() -> nn.Module:
+        inner = two()
+        inner[0] = torch.compile(inner[0], backend="eager")  # type: ignore[operator, index]
+        return inner
+
+    state = two_state()
+    model = streamed(model_fn, state)
+    with torch.no_grad():
+        assert torch.equal(model(X), resident(two, state)(X))
+
+
+def test_a_prefix_and_a_new_head() -> None:
+    """With ``on_missing="init"`` the reading that finds the most is used, and the rest is initialised."""
+    state = {f"module.{name}": value for name, value in linear("0.").items()}
+    model = streamed(two, state, on_missing="init")
+    assert runtime_of(model).stock.missing == ("1.weight", "1.bias")
+    assert torch.equal(model[0].weight + 0, state["module.0.weight"])  # type: ignore[index, union-attr, operator]
+
+
+def test_several_readings_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Where several readings fit none is used, and the readings are told."""
+    state = {f"{kind}.{name}": value for kind in ("student", "teacher") for name, value in two_state().items()}
+    with caplog.at_level(logging.WARNING, "odewei"), pytest.raises(MissingWeightError, match=r"0\.weight"):
+        streamed(two, state)
+    assert "several readings" in caplog.text
+    chosen = {name: value for name, value in state.items() if name.startswith("teacher.")}
+    ordinary = resident(two, {name.removeprefix("teacher."): value for name, value in chosen.items()})
+    assert_same(streamed(two, StateDictLoader(state, prefix="teacher.")), ordinary)
+
+
+# -- after an error ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", ["missing", "shape", "hook", "strict", "buffer"])
+def test_a_build_that_fails_leaves_nothing_behind(problem: str) -> None:
+    """After a refusal the shared budget is as before, a model that was built beforehand has its own parameters, and the
+    next build is right.
+    """
+    budget = odewei.MemoryBudget(100_000)
+    state: State = {**Computed().state_dict(), "qk": torch.randn(8, 16)}
+    del state["q.weight"], state["k.weight"]
+    built = Computed()
+    before = {name: (id(value), value.is_meta) for name, value in built.named_parameters()}
+    broken, options = dict(state), {}
+    if problem == "missing":
+        del broken["q.bias"]
+        with pytest.raises(WeightMismatchError, match="KeyError"):
+            streamed(lambda: built, broken, memory_budget=budget)
+    if problem == "shape":
+        broken["qk"] = torch.randn(8, 18)
+    if problem == "hook":
+        broken["qk"] = torch.full((8, 16), 1000.0)
+    if problem == "strict":
+        broken["more"], options["strict"] = torch.ones(1), True
+    if problem == "buffer":
+        built.register_buffer("more", torch.zeros(2))
+    with pytest.raises((WeightMismatchError, MissingWeightError)):
+        streamed(lambda: built, broken, memory_budget=budget, **options)
+    assert {name: (id(value), value.is_meta) for name, value in built.named_parameters()} == before
+    assert budget.pool.budget.used_bytes == 0
+    assert_same(streamed(Computed, state, memory_budget=budget), resident(Computed, state))
