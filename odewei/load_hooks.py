@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -291,7 +292,9 @@ class _Rehearsal:
         ]
         try:
             state = self._state()
-            with self._tape.watching():
+            with self._tape.watching(), warnings.catch_warnings():
+                # A model that copies by itself copies into tensors without values; what it copies is noted.
+                warnings.filterwarnings("ignore", message=r"for .*: copying from a non-meta parameter")
                 _call(model, state)
         except OdeweiError:
             raise
@@ -360,7 +363,7 @@ class _Rehearsal:
         return WeightMismatchError(
             f"load_state_dict of {type(self._model).__name__} does not take the checkpoint: "
             f"{type(error).__name__}: {problem[:500]}",
-            cure="If the ordinary model loads it, save that model's state_dict() and stream the new file; if not, "
+            cure="If the ordinary model loads it, stream that model's state_dict(), saved or as it is; if not, "
             "checkpoint and model do not belong together",
         )
 

@@ -40,6 +40,9 @@ _STORAGES = {
     "Bool": torch.bool,
     "ComplexDouble": torch.complex128,
     "ComplexFloat": torch.complex64,
+    "QInt8": torch.qint8,  # of tensors that cannot be read: see _quantised
+    "QUInt8": torch.quint8,
+    "QInt32": torch.qint32,
 }
 _MAX_COUNT = 2**63 - 1
 
