@@ -12,13 +12,12 @@ import copy
 import functools
 import inspect
 import itertools
-import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,16 +26,15 @@ from odewei.errors import OdeweiError, WeightMismatchError
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.known_weights import KnownWeights
 from odewei.loaders.plain_callable import CallableLoader
-from odewei.loaders.prefixes import WRAPPERS, Reading, find_readings
-from odewei.matched_loader import MatchedLoader, RenamedLoader, read_stored
-from odewei.op_tape import OpTape, Program
+from odewei.matched_loader import MatchedLoader, read_stored
+from odewei.name_readings import all_found, names_of, readings_of
+from odewei.op_program import Program
+from odewei.op_tape import OpTape
 from odewei.survey import Modules
 
 __all__ = ["as_loaded"]
 
-_log = logging.getLogger("odewei")
 _EXTRA_STATE = "_extra_state"
-_Value = TypeVar("_Value")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -56,10 +54,10 @@ def as_loaded(
     if isinstance(source, CallableLoader) or source.is_as_loaded:
         return source, modules
     model = modules.model
-    if not _all_found(modules, source.weights()):
-        names, of_plain = _names(model)
+    if not all_found(modules, source.weights()):
+        names, of_plain = names_of(model, _is_special)
         if of_plain:
-            source = next(_readings_of(model, source, of_plain, partial), source)
+            source = next(readings_of(model, source, of_plain, partial), source)
         elif names:  # hooks may do with names what they like: they come first
             return _first_that_fits(model, source, names, partial), Modules(model)
     if _only_copies(modules, source):
@@ -73,7 +71,7 @@ def _first_that_fits(
     """What the hooks make of the names as they are; where that is nothing, of the names read so that they fit."""
     problem: OdeweiError | None = None
     nothing: MatchedLoader | None = None
-    for one in itertools.chain([source], _readings_of(model, source, names, partial)):
+    for one in itertools.chain([source], readings_of(model, source, names, partial)):
         try:
             matched = _Rehearsal(model, one).run()
         except OdeweiError as error:
@@ -104,111 +102,19 @@ def _only_copies(modules: Modules, source: WeightsLoader) -> bool:
     model = modules.model
     if type(model).load_state_dict is not nn.Module.load_state_dict or "load_state_dict" in vars(model):
         return False
-    known = source.weights()
-    for prefix, module in modules.items():
-        if _is_special(module):
-            return False
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            # torch takes one element for a scalar, as files of torch 0.3 have them
-            if tensor is not None and isinstance(tensor, torch.Tensor) and not _is_lazy(tensor) and tensor.dim() == 0:
-                info = known.get(f"{prefix}.{name}" if prefix else name)
-                if info is not None and info.shape == (1,):
-                    return False
-    return True
+    if any(map(_is_special, modules.modules)):
+        return False
+    # torch takes one element for a scalar, as files of torch 0.3 have them
+    single = {name for name, info in source.weights().items() if info.shape == (1,)}
+    return not single or not any(
+        tensor is not None and tensor.dim() == 0 and (f"{prefix}.{name}" if prefix else name) in single
+        for prefix, module in modules.items()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+    )
 
 
 def _is_lazy(tensor: torch.Tensor) -> bool:
     return bool(nn.parameter.is_lazy(tensor))
-
-
-# -- names ---------------------------------------------------------------------------------------------------------
-
-
-def _all_found(modules: Modules, known: Mapping[str, WeightInfo]) -> bool:
-    """Whether the checkpoint has every parameter under a name that it has in the model."""
-    lacking: set[int] = set()
-    found: set[int] = set()
-    for prefix, module in modules.items():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                (found if (f"{prefix}.{name}" if prefix else name) in known else lacking).add(id(parameter))
-    return lacking <= found
-
-
-def _readings_of(
-    model: nn.Module, source: WeightsLoader, names: Mapping[str, list[str]], partial: bool
-) -> Iterator[WeightsLoader]:
-    """``source`` under the names that the model has, if only one reading of its names gives them. Then, where wrappers
-    are a part of these, without them: wrappers' own hooks may put them in.
-    """
-    known, values = source.weights(), source.values()
-    refused = known.refused if isinstance(known, KnownWeights) else {}
-    readings = find_readings(
-        [*known, *refused, *values], names, aliases={name: found[1:] for name, found in names.items()}, partial=partial
-    )
-    if len(readings) > 1:
-        _log.warning("several readings of the checkpoint's names fit the model, none is used: %s", _brief(readings))
-    if len(readings) != 1:
-        return
-    reading = readings[0]
-    _log.info("the names of the checkpoint are read %s", reading)
-    bare = replace(reading, names={old: _bare(new) for old, new in reading.names.items()})
-    spelt = {_bare(name): name for name, _ in model.named_modules(remove_duplicate=False)}
-    for one, paths in [(reading, spelt)] + [(bare, {})] * (bare != reading):
-        infos, lacking = _renamed(known, one), _renamed(refused, one)
-        yield RenamedLoader(
-            source,
-            KnownWeights(infos, lacking) if lacking else infos,
-            _renamed(values, one),
-            _metadata_read_so(source.metadata(), one, paths),
-        )
-
-
-def _renamed(found: Mapping[str, _Value], reading: Reading) -> dict[str, _Value]:
-    return {reading.names[name]: value for name, value in found.items() if name in reading.names}
-
-
-def _names(model: nn.Module) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """All names of each parameter, by its first; and only those outside of modules that may do something with names."""
-    found: dict[int, list[str]] = {}
-    special: set[int] = set()
-    apart: tuple[str, ...] = ()
-    if type(model).load_state_dict is not nn.Module.load_state_dict or "load_state_dict" in vars(model):
-        apart = ("",)
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if _is_special(module):
-            apart = (*apart, f"{prefix}." if prefix else "")
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                full = f"{prefix}.{name}" if prefix else name
-                found.setdefault(id(parameter), []).append(full)
-                if full.startswith(apart):
-                    special.add(id(parameter))
-    names = {one[0]: one for one in found.values()}
-    return names, {one[0]: one for key, one in found.items() if key not in special}
-
-
-def _metadata_read_so(
-    metadata: Mapping[str, Mapping[str, object]], reading: Reading, spelt: Mapping[str, str]
-) -> dict[str, Mapping[str, object]]:
-    found = {}
-    for path, values in metadata.items():
-        bare = _bare(f"{path}.")
-        if bare.startswith(reading.removed):
-            new = (reading.added + bare[len(reading.removed) :]).removesuffix(".")
-            found[spelt.get(new, new)] = values
-    return found
-
-
-def _bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def _brief(readings: Sequence[Reading]) -> str:
-    return "; ".join(map(str, readings[:4])) + ("; ..." if len(readings) > 4 else "")
-
-
-# -- hooks ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)

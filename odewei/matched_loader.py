@@ -14,7 +14,7 @@ import torch
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.gathering import GatheringLoader
 from odewei.loaders.tensors import view_as_weight
-from odewei.op_tape import Program
+from odewei.op_program import Program
 
 __all__ = ["MatchedLoader", "RenamedLoader", "read_stored"]
 

@@ -12,9 +12,9 @@ a weight of the checkpoint, several put together, or a ``Program`` that computes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,73 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from odewei.errors import ModelError
 from odewei.loaders.base import Span, WeightInfo, WeightPart
 from odewei.loaders.tensors import contiguous_stride, is_castable
+from odewei.op_program import Op, Program, Read, Ref, is_plain, key_of, map_tensors, ref_of, refs_in, tensors_in
 
-__all__ = ["OpTape", "Program", "Read"]
-
-Read = Callable[[WeightInfo], torch.Tensor]
-"""Reads one weight as stored, into memory of its own."""
+__all__ = ["OpTape"]
 
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 _ASKS_FOR_LOOKS_ONLY = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones")
 _FILLS_ALL = ("copy_", "zero_", "fill_")
 _COPIES = ("clone", "_to_copy")
-
-
-@dataclass(frozen=True, slots=True)
-class _Ref:
-    """A tensor on the tape: where in which memory it is."""
-
-    key: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    whole: bool  # it covers all of its memory
-
-    @property
-    def is_contiguous(self) -> bool:
-        return self.stride == contiguous_stride(self.shape) or 0 in self.shape or math.prod(self.shape) == 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Op:
-    """One call: ``args`` and ``kwargs`` have a ``_Ref`` for each tensor on the tape. ``made`` are those of its results
-    that are new tensors, by their places among the results.
-    """
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    made: Mapping[int, _Ref]
-    fills: int | None  # the memory that is overwritten as a whole
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """Computes one tensor of weights of a checkpoint. Independent of the tape; may run in any thread."""
-
-    ops: tuple[_Op, ...]
-    sources: Mapping[int, WeightInfo]
-    constants: Mapping[int, torch.Tensor]
-    result: _Ref
-
-    def run(self, read: Read) -> torch.Tensor:
-        """The tensor, computed anew, in memory of its own. Reads each source once."""
-        with torch.inference_mode(False), torch.no_grad():
-            memory = {key: read(info).untyped_storage() for key, info in self.sources.items()}
-            memory |= {key: tensor.clone().untyped_storage() for key, tensor in self.constants.items()}
-            for op in self.ops:
-                if op.fills is not None and op.fills not in memory:  # a weight that is written before it is read
-                    ref = next(ref for ref in _refs(op.args) if ref.key == op.fills)
-                    memory[op.fills] = torch.empty(ref.shape, dtype=ref.dtype).untyped_storage()
-                args = _mapped(op.args, lambda ref: _tensor(ref, memory))
-                kwargs = _mapped(op.kwargs, lambda ref: _tensor(ref, memory))
-                results = list(_tensors(op.func(*args, **kwargs)))
-                for place, ref in op.made.items():
-                    memory[ref.key] = _laid_out_as(results[place], ref).untyped_storage()
-            return _tensor(self.result, memory)
 
 
 class OpTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -103,9 +44,9 @@ class OpTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._constants: dict[int, torch.Tensor] = {}
         self._valueless: dict[int, str] = {}
         self._known: set[int] = set()
-        self._made_by: dict[int, _Op] = {}
+        self._made_by: dict[int, Op] = {}
         self._written: set[int] = set()
-        self._ops: list[_Op] = []
+        self._ops: list[Op] = []
         self._kept: list[torch.Tensor] = []  # so that no memory's number comes twice
 
     @contextmanager
@@ -127,23 +68,23 @@ class OpTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is on the tape, without values of its own."""
-        return _is_plain(tensor) and tensor.is_meta and _key(tensor) in self._known
+        return is_plain(tensor) and tensor.is_meta and key_of(tensor) in self._known
 
     def was_written(self, tensor: torch.Tensor) -> bool:
         """Whether the code wrote into the tensor's memory."""
-        return _key(tensor) in self._written
+        return key_of(tensor) in self._written
 
     def has_values(self, tensor: torch.Tensor) -> bool:
         """Whether ``value`` can tell them, as far as the tensor is no weight that was left as it was built."""
-        return self.has(tensor) and (_key(tensor) not in self._valueless or self.was_written(tensor))
+        return self.has(tensor) and (key_of(tensor) not in self._valueless or self.was_written(tensor))
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor with the values that it has at this moment."""
-        return self._program(_ref(tensor)).run(self._read)
+        return self._program(ref_of(tensor)).run(self._read)
 
     def describe(self, name: str, tensor: torch.Tensor) -> tuple[WeightInfo, Program | None]:
         """What the tensor is: a place, or what computes it (contiguous, as if it had been copied into the model)."""
-        ref = _ref(tensor)
+        ref = ref_of(tensor)
         info = self._place(name, ref)
         if info is not None:
             return info, None
@@ -156,10 +97,10 @@ class OpTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = [tensor for tensor in _tensors((args, kwargs)) if _is_plain(tensor)]
+        found = [tensor for tensor in tensors_in((args, kwargs)) if is_plain(tensor)]
         if not any(map(self.has, found)):
             made = func(*args, **kwargs)
-            if any(_is_plain(tensor) and tensor.is_meta for tensor in _tensors(made)):
+            if any(is_plain(tensor) and tensor.is_meta for tensor in tensors_in(made)):
                 self._note(func, args, kwargs, made)
             return made
         written = _written_arguments(func, args, kwargs)
@@ -179,22 +120,22 @@ class OpTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: Any) -> None:
         new = {
             place: tensor
-            for place, tensor in enumerate(_tensors(made))
-            if _is_plain(tensor) and _key(tensor) not in self._known
+            for place, tensor in enumerate(tensors_in(made))
+            if is_plain(tensor) and key_of(tensor) not in self._known
         }
         written = _written_arguments(func, args, kwargs)
         if not new and not written:
             return  # a view
         looks_only = func.overloadpacket.__name__ in _ASKS_FOR_LOOKS_ONLY
         fills = None
-        if func.overloadpacket.__name__ in _FILLS_ALL and written and _ref(written[0]).whole:
-            fills = _key(written[0])
+        if func.overloadpacket.__name__ in _FILLS_ALL and written and ref_of(written[0]).whole:
+            fills = key_of(written[0])
         noted_args, noted_kwargs = self._noted(args), self._noted(kwargs)
-        reads = [ref.key for ref in _refs((noted_args, noted_kwargs)) if not looks_only]
+        reads = [ref.key for ref in refs_in((noted_args, noted_kwargs)) if not looks_only]
         for tensor in new.values():
             self._keep(tensor)
-        refs = {place: _ref(tensor) for place, tensor in new.items()}
-        op = _Op(func, noted_args, noted_kwargs, tuple(reads), tuple(map(_key, written)), refs, fills)
+        refs = {place: ref_of(tensor) for place, tensor in new.items()}
+        op = Op(func, noted_args, noted_kwargs, tuple(reads), tuple(map(key_of, written)), refs, fills)
         self._ops.append(op)
         self._written.update(op.writes)
         self._made_by.update({ref.key: op for ref in refs.values()})
@@ -204,27 +145,27 @@ class OpTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def noted(tensor: torch.Tensor) -> object:
             if tensor.is_meta:
-                if _key(tensor) not in self._known:
+                if key_of(tensor) not in self._known:
                     self._valueless[self._keep(tensor)] = "a tensor on the meta device"
-                return _ref(tensor)
+                return ref_of(tensor)
             copied = tensor.detach().clone(memory_format=torch.contiguous_format)
             self._constants[self._keep(copied)] = copied
-            return _ref(copied)
+            return ref_of(copied)
 
-        return _map_tensors(value, noted)
+        return map_tensors(value, noted)
 
     def _with_values(self, value: Any) -> Any:
-        return _map_tensors(value, lambda tensor: self.value(tensor) if self.has(tensor) else tensor, device=_CPU)
+        return map_tensors(value, lambda tensor: self.value(tensor) if self.has(tensor) else tensor, device=_CPU)
 
     def _keep(self, tensor: torch.Tensor) -> int:
-        key = _key(tensor)
+        key = key_of(tensor)
         self._kept.append(tensor)
         self._known.add(key)
         return key
 
     # -- describing --------------------------------------------------------------------------------------------------
 
-    def _program(self, ref: _Ref) -> Program:
+    def _program(self, ref: Ref) -> Program:
         """What computes a tensor. Raises ModelError if that takes values that nobody has."""
         needed, ops = {ref.key}, []
         for op in reversed(self._ops):
@@ -249,7 +190,7 @@ class OpTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         constants = {key: self._constants[key] for key in needed if key in self._constants}
         return Program(tuple(reversed(ops)), sources, constants, ref)
 
-    def _place(self, name: str, ref: _Ref) -> WeightInfo | None:
+    def _place(self, name: str, ref: Ref) -> WeightInfo | None:
         """Where the tensor's bytes are in the checkpoint; None if they are not there as they are."""
         if ref.key in self._sources and ref.key not in self._written:
             return _stretch(self._sources[ref.key], ref)
@@ -271,11 +212,11 @@ class OpTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._gathered(name, op, ref)
         return None
 
-    def _only_writer(self, ref: _Ref) -> _Op | None:
+    def _only_writer(self, ref: Ref) -> Op | None:
         writers = [op for op in self._ops if ref.key in op.writes]
         return writers[0] if len(writers) == 1 else None
 
-    def _copied(self, name: str, source: _Ref, ref: _Ref) -> WeightInfo | None:
+    def _copied(self, name: str, source: Ref, ref: Ref) -> WeightInfo | None:
         """Of a copy, where the original is; casts between floating dtypes are left to binding, as of other weights."""
         if source.dtype != ref.dtype and not (is_castable(source.dtype) and is_castable(ref.dtype)):
             return None
@@ -286,7 +227,7 @@ class OpTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return info
         return replace(info, wanted=ref.dtype)
 
-    def _gathered(self, name: str, op: _Op, ref: _Ref) -> WeightInfo | None:
+    def _gathered(self, name: str, op: Op, ref: Ref) -> WeightInfo | None:
         """Of what ``torch.cat`` and ``torch.stack`` made: which weights go where in it."""
         sources, stacks = op.args[0], op.func.overloadpacket.__name__ == "stack"
         dim = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
@@ -319,7 +260,7 @@ class _ToNumpy(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _stretch(info: WeightInfo, ref: _Ref) -> WeightInfo | None:
+def _stretch(info: WeightInfo, ref: Ref) -> WeightInfo | None:
     """The part of a weight that a tensor over its memory is; None if that is no stretch of a file."""
     if ref.dtype != info.dtype:
         return None
@@ -333,40 +274,8 @@ def _stretch(info: WeightInfo, ref: _Ref) -> WeightInfo | None:
     return replace(info, shape=ref.shape, span=span, stride=None)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _ref(tensor: torch.Tensor) -> _Ref:
-    shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
-    whole = math.prod(shape) * tensor.dtype.itemsize == tensor.untyped_storage().nbytes()
-    return _Ref(_key(tensor), tensor.dtype, shape, stride, offset, whole)
-
-
 def _sizes(value: object) -> tuple[int, ...] | None:
-    return value.shape if isinstance(value, _Ref) else None
-
-
-def _tensor(ref: _Ref, memory: Mapping[int, torch.UntypedStorage]) -> torch.Tensor:
-    """The tensor that a reference stands for; of what only its looks count, one without meaning."""
-    if ref.key not in memory:
-        return torch.empty_strided(ref.shape, ref.stride, dtype=ref.dtype)
-    made: torch.Tensor = torch.empty(0, dtype=ref.dtype)
-    return made.set_(memory[ref.key], ref.offset, ref.shape, ref.stride)
-
-
-def _laid_out_as(tensor: torch.Tensor, ref: _Ref) -> torch.Tensor:
-    """``tensor`` in memory that is laid out as torch said it would be."""
-    if tuple(tensor.stride()) == ref.stride and tensor.storage_offset() == ref.offset:
-        return tensor
-    extent = 1 + sum((size - 1) * step for size, step in zip(ref.shape, ref.stride, strict=True))
-    flat = torch.empty(ref.offset + (0 if 0 in ref.shape else extent), dtype=ref.dtype)
-    laid_out = flat.as_strided(ref.shape, ref.stride, ref.offset)
-    return laid_out.copy_(tensor)
+    return value.shape if isinstance(value, Ref) else None
 
 
 def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -375,55 +284,9 @@ def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     found: list[torch.Tensor] = []
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found += _tensors(args[place] if place < len(args) else kwargs.get(argument.name))
+            found += tensors_in(args[place] if place < len(args) else kwargs.get(argument.name))
     return found
 
 
 def _as_meta(value: Any) -> Any:
-    return _map_tensors(value, lambda tensor: tensor if tensor.is_meta else tensor.to(_META), device=_META)
-
-
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], Any], *, device: torch.device | None = None) -> Any:
-    """``value`` with ``change`` applied to the tensors in it, and all devices replaced."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, torch.device):
-        return value if device is None else device
-    if isinstance(value, list | tuple):
-        return type(value)(_map_tensors(one, change, device=device) for one in value)
-    if isinstance(value, dict):
-        return {name: _map_tensors(one, change, device=device) for name, one in value.items()}
-    return value
-
-
-def _mapped(value: Any, change: Callable[[_Ref], torch.Tensor]) -> Any:
-    """``value`` with tensors for references, on the CPU."""
-    if isinstance(value, _Ref):
-        return change(value)
-    if isinstance(value, torch.device):
-        return _CPU
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(one, change) for one in value)
-    if isinstance(value, dict):
-        return {name: _mapped(one, change) for name, one in value.items()}
-    return value
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
-def _refs(value: Any) -> Iterator[_Ref]:
-    if isinstance(value, _Ref):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _refs(one)
-    elif isinstance(value, dict):
-        yield from _refs(list(value.values()))
+    return map_tensors(value, lambda tensor: tensor if tensor.is_meta else tensor.to(_META), device=_META)

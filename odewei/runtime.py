@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from odewei.binding import Binder
+from odewei.buffers import load_buffers
 from odewei.deep_copy import DeepCopy
 from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError, TraceError
 from odewei.guards import guard, unguard
@@ -30,7 +31,7 @@ from odewei.load_hooks import as_loaded
 from odewei.loaders.base import WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.mapped_state import MappedState
-from odewei.matching import load_buffers, move_to
+from odewei.matching import move_to
 from odewei.options import Options
 from odewei.report import Report
 from odewei.scheduler.budget import format_nbytes
