@@ -51,11 +51,7 @@ class CheckpointFile:
         try:
             found = os.stat(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise CheckpointNotFoundError(
-                "a file of the checkpoint does not exist",
-                file=str(path),
-                cure="Check the path, or download the checkpoint again",
-            ) from error
+            raise _not_found(path) from error
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"a file of the checkpoint cannot be looked at: {getattr(error, 'strerror', None) or error}",
@@ -123,6 +119,18 @@ class CheckpointFile:
             file=str(self.path),
             cure="Put the original file back, or build the model again from the new one",
         )
+
+
+def _not_found(path: Path) -> CheckpointNotFoundError:
+    """What to raise for a path that leads to no file."""
+    problem, cure = "a file of the checkpoint does not exist", "Check the path, or download the checkpoint again"
+    if os.path.islink(path):
+        problem = f"a file of the checkpoint is a link to {os.readlink(path)[:500]!r}, which does not exist"
+        cure = "Download the checkpoint again: the cache that the link leads into has lost the file, or was moved"
+    elif (parent := next((one for one in path.parents if os.path.exists(one)), None)) and not parent.is_dir():
+        problem = f"a file of the checkpoint does not exist: {str(parent)!r}, where it should be, is a file itself"
+        cure = f"Name {str(parent)!r}, if that is the checkpoint"
+    return CheckpointNotFoundError(problem, file=str(path), cure=cure)
 
 
 @dataclass(frozen=True, slots=True)
