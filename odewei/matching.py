@@ -110,6 +110,13 @@ def match_weights(
                 continue
             if last != weight.name:
                 info = renamed[weight.name] = known[last]
+            if not loader.is_as_loaded:  # torch refuses whichever name has another shape
+                info = next(
+                    (known[name] for name in found if name in known and known[name].shape != weight.shape), info
+                )
+            elif _said_of(found, loader) is _MISMATCHED:
+                mismatched.append(weight)
+                continue
         assert info is not None
         if info.shape == weight.shape:
             _check_dtype(weight, info)

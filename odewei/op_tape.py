@@ -106,8 +106,8 @@ class OpTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = _written_arguments(func, args, kwargs)
         if any(not tensor.is_meta for tensor in written) or torch.Tag.data_dependent_output in func.tags:
             return func(*self._with_values(args), **self._with_values(kwargs))
-        if torch.Tag.nondeterministic_seeded in func.tags and not written:
-            return func(*self._with_values(args), **self._with_values(kwargs))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return self._random(func, args, kwargs, written)
         try:
             made = func(*_as_meta(args), **_as_meta(kwargs))
         except Exception:  # torch cannot say what comes out without looking at values
@@ -139,6 +139,22 @@ class OpTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._ops.append(op)
         self._written.update(op.writes)
         self._made_by.update({ref.key: op for ref in refs.values()})
+
+    def _random(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], written: list[torch.Tensor]) -> Any:
+        """Draw random numbers once and for all. What is written to without values has none that could count."""
+
+        def real(tensor: torch.Tensor) -> torch.Tensor:
+            if not self.has(tensor):
+                return tensor
+            if any(tensor is one for one in written) and not self.has_values(tensor):
+                return torch.empty(tensor.shape, dtype=tensor.dtype)
+            return self.value(tensor)
+
+        real_args, real_kwargs = (map_tensors(one, real, device=_CPU) for one in (args, kwargs))
+        made = func(*real_args, **real_kwargs)
+        for tensor, drawn in zip(written, _written_arguments(func, real_args, real_kwargs), strict=True):
+            self._note(torch.ops.aten.copy_.default, (tensor, drawn), {}, tensor)
+        return written[0] if written else made
 
     def _noted(self, value: Any) -> Any:
         """Arguments as the tape keeps them: tensors by reference, those that have values copied."""

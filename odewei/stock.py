@@ -15,6 +15,7 @@ from odewei.errors import OptionsError, WeightMismatchError
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.names import brief
 from odewei.loaders.plain_callable import CallableLoader
+from odewei.matched_loader import MatchedLoader
 from odewei.matching import bound_dtype, init_missing, match_weights, unused
 from odewei.survey import Modules, Weight
 
@@ -41,6 +42,7 @@ class Stock:
         self.weights = weights
         self.infos = infos
         self.missing, self.unexpected = missing, unexpected
+        self._is_told = False
         self._wanted = wanted
         self.nbytes = sum(map(self.nbytes_of, weights))
 
@@ -82,11 +84,15 @@ class Stock:
         _settle(matched.settled, modules, wanted)
         names = {weight.name for weight in (*absent, *matched.settled)}
         present = [weight for weight in weights if weight.name not in names]
-        return cls(present, matched.infos, wanted, tuple(weight.name for weight in absent), unexpected)
+        stock = cls(present, matched.infos, wanted, tuple(weight.name for weight in absent), unexpected)
+        stock._is_told = source.is_as_loaded and not isinstance(source, MatchedLoader)  # by whoever converted it
+        return stock
 
     def tell(self, buffers: Sequence[str] = ()) -> None:
         """Log what is missing and what is unexpected, and note the ``buffers`` that stay as they were built."""
         self.missing = (*self.missing, *buffers)
+        if self._is_told:
+            return
         if self.missing:
             _log.warning(
                 "the checkpoint lacks %d of the model's weights and buffers, or has them in another shape; they are "

@@ -154,6 +154,25 @@ class Copying(nn.Linear):
         return super().forward(x) * self.scale + self.offset
 
 
+class Drawing(nn.Linear):
+    """An override that draws what an older checkpoint lacks."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.extra = nn.Parameter(torch.zeros(8))
+        self.noise = nn.Parameter(torch.zeros(8))
+
+    def _load_from_state_dict(self, state: State, prefix: str, *rest: Any) -> None:
+        torch.manual_seed(3)
+        with torch.no_grad():
+            self.extra.normal_().mul_(2)
+        state[f"{prefix}noise"] = torch.empty_like(state[f"{prefix}bias"]).uniform_() + torch.rand(8)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.extra + self.noise
+
+
 class Renaming(nn.Module):
     """A model whose ``load_state_dict`` is its own, without the newer keywords."""
 
@@ -235,6 +254,7 @@ SPECIAL = {
     "copying": (Copying, lambda: {"w": torch.randn(8, 8), "b": torch.randn(8), "s": torch.ones(1)}, None),
     "renaming": (Renaming, lambda: linear("old_name."), ()),
     "defaults": (Defaults, lambda: {**linear(), "positions": torch.randn(6, 8)}, ("positions",)),
+    "drawing": (Drawing, linear, ("extra", "noise")),
     "norms": (norms, norms_without_counts, ()),
     "spectral": (spectral, lambda: dict(spectral().state_dict()), ()),
     "old spectral": (spectral, old_spectral_state, ("0.weight_v",)),

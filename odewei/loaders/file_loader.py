@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
 import threading
 from abc import abstractmethod
@@ -26,8 +27,9 @@ from odewei.loaders.names import Rename
 from odewei.loaders.remote_file import RemoteFile, RemoteStream
 from odewei.loaders.remote_path import AnyPath, RemoteOptions, as_place
 from odewei.loaders.sums import Verify, as_verify, check_sum
+from odewei.loaders.told import tell_once
 
-__all__ = ["FileLoader", "open_again", "open_header", "read_span"]
+__all__ = ["FileLoader", "map_file", "open_again", "open_header", "read_span"]
 
 _EIO_TRIES = 3
 _REMOTE_BUFFER_NBYTES = 1 << 18  # what is asked for to read a header
@@ -94,6 +96,32 @@ def read_span(info: WeightInfo, buffer: memoryview) -> None:
         with file.steady(fd, weight=info.name):
             if buffer.nbytes:
                 _fill(fd, info, buffer.cast("B"))
+    finally:
+        os.close(fd)
+
+
+def map_file(file: CheckpointFile) -> mmap.mmap | None:
+    """The whole file as memory of its own (private, copy-on-write), or None if its file system does not map files or
+    there is no room to: then ``read_span`` is the way to its bytes.
+
+    What is written into the memory stays there; what somebody writes into the file may show through, and touching what
+    was cut off from it ends the process. Raises WeightReadError if the file is not what it was. Any thread.
+    """
+    if isinstance(file, RemoteFile) or not file.size:
+        return None
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise WeightReadError(
+            f"the file can no longer be opened ({error.strerror})", file=str(file.path), cure="Put the file back"
+        ) from error
+    try:
+        file.check_unchanged(fd)
+        return mmap.mmap(fd, file.size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        folder = os.path.dirname(file.path)
+        tell_once(f"files in {folder!r} cannot be mapped ({error.strerror}): they are read instead")
+        return None
     finally:
         os.close(fd)
 

@@ -22,7 +22,7 @@ from odewei.loaders.known_weights import KnownWeights, named
 from odewei.loaders.names import Rename
 from odewei.loaders.tensors import contiguous_stride
 
-__all__ = ["Concat", "GatheringLoader", "Recipe", "Stack", "cut_places", "gather", "lies_in_places"]
+__all__ = ["Concat", "GatheringLoader", "Recipe", "Stack", "cut_places", "gather", "lies_in_places", "read_part"]
 
 _PIECE_NBYTES = 1 << 20
 _MOVED_AS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # copies of these keep every bit
@@ -131,7 +131,7 @@ class GatheringLoader(WeightsLoader):
             raise ValueError(f"{info.name} has {info.nbytes} bytes, the buffer {buffer.nbytes}")
         for part in info.parts:
             if part.source.nbytes:
-                _read_part(self.loader, part, buffer.cast("B"))
+                read_part(self.loader, part, buffer.cast("B"))
 
     def close(self) -> None:
         self.loader.close()
@@ -257,7 +257,7 @@ def _places(
         offset += stride[dim] * (1 if stacks else _shape(source, name, known)[dim])
 
 
-def _read_part(loader: WeightsLoader, part: WeightPart, buffer: memoryview) -> None:
+def read_part(loader: WeightsLoader, part: WeightPart, buffer: memoryview) -> None:
     """Read one source to its place in ``buffer``: straight if it is one stretch there, else a piece at a time."""
     item = part.source.dtype.itemsize
     if part.is_one_run:

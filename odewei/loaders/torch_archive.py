@@ -18,19 +18,14 @@ from typing import BinaryIO, NoReturn
 
 from odewei.errors import CheckpointError, CorruptCheckpointError
 from odewei.loaders.base import CheckpointFile
+from odewei.loaders.file_kind import LEGACY_MAGIC, LEGACY_STARTS, ZIP_START, kind_of
 from odewei.loaders.pickle_reader import PickleReader
 from odewei.loaders.zip_members import data_offset, read_stored
 
-__all__ = ["LEGACY_STARTS", "ZIP_START", "TorchContents", "read_torch_file"]
+__all__ = ["TorchContents", "read_torch_file"]
 
-ZIP_START = b"PK\x03\x04"
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
-LEGACY_STARTS = tuple(
-    start + b"\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little") for start in (b"\x80\x02", b"\x80\x03", b"")
-)
-"""How the magic number begins a file, in the usual protocols."""
-
+_PEEKED_NBYTES = 4096
 _FREE_NBYTES = 32 << 20
 _STORAGE_NBYTES = 8192
 _MOST_LEGACY_NBYTES = 1 << 30
@@ -46,25 +41,28 @@ class TorchContents:
     places: Mapping[str, tuple[int, int]]
 
 
-def read_torch_file(stream: BinaryIO, file: CheckpointFile) -> TorchContents:
-    """The contents of a file that is open at its start.
+def read_torch_file(stream: BinaryIO, file: CheckpointFile, nbytes: int | None = None) -> TorchContents:
+    """The contents of a file that is open at its start; of a part of ``file``, ``nbytes`` is its length.
 
     Raises CheckpointError for what is none of torch.save, or of another byte order, CorruptCheckpointError for one that
     contradicts itself, UnsafeCheckpointError for one that asks to call what makes no weights.
     """
-    start = stream.read(16)
-    stream.seek(0)
+    size = file.size if nbytes is None else nbytes
+    start = stream.peek(_PEEKED_NBYTES)[:_PEEKED_NBYTES]  # type: ignore[attr-defined]
     try:
         if start.startswith(ZIP_START):
-            return _read_archive(stream, file)
+            return _read_archive(stream, file, size)
         if start.startswith(LEGACY_STARTS):
-            return _read_legacy(stream, file)
+            return _read_legacy(stream, file, size)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
         raise CorruptCheckpointError(
-            f"the file contradicts itself or is truncated (it has {file.size} bytes): {error}",
+            f"the file contradicts itself or is truncated (it has {size} bytes): {error}",
             file=str(file.path),
             cure=_DOWNLOAD,
         ) from error
+    kind = kind_of(start, size)
+    if kind is not None:
+        raise kind.error(file, "a file of torch.save")
     _refuse(file, "this is no file of torch.save", _DOWNLOAD)
 
 
@@ -72,7 +70,7 @@ def _refuse(file: CheckpointFile, problem: str, cure: str) -> NoReturn:
     raise CheckpointError(problem, file=str(file.path), cure=cure)
 
 
-def _read_archive(stream: BinaryIO, file: CheckpointFile) -> TorchContents:
+def _read_archive(stream: BinaryIO, file: CheckpointFile, size: int) -> TorchContents:
     with zipfile.ZipFile(stream) as archive:
         members = archive.infolist()
         # torch looks names up without regard to case, and as the directory spells them: a BYTEORDER would count.
@@ -83,7 +81,7 @@ def _read_archive(stream: BinaryIO, file: CheckpointFile) -> TorchContents:
             _refuse(file, "this is a TorchScript program, not a file of weights", "Save its state_dict() instead")
         if "data.pkl" not in names:
             raise zipfile.BadZipFile("there is no data.pkl in it, so torch.save has not written it")
-        places = [_place(member, stream, file) for member in members]
+        places = [_place(member, stream, size) for member in members]
 
         def read(name: str) -> bytes:
             at = names.index(name)
@@ -100,7 +98,7 @@ def _read_archive(stream: BinaryIO, file: CheckpointFile) -> TorchContents:
     )
 
 
-def _place(member: zipfile.ZipInfo, stream: BinaryIO, file: CheckpointFile) -> tuple[int, int]:
+def _place(member: zipfile.ZipInfo, stream: BinaryIO, size: int) -> tuple[int, int]:
     """First byte and length of a member's data."""
     if (
         member.compress_type != zipfile.ZIP_STORED
@@ -108,13 +106,13 @@ def _place(member: zipfile.ZipInfo, stream: BinaryIO, file: CheckpointFile) -> t
         or member.flag_bits & 0x61
     ):
         raise zipfile.BadZipFile(f"entry {member.filename!r} is compressed or encrypted, torch.save does neither")
-    return data_offset(member, stream, file.size), member.file_size
+    return data_offset(member, stream, size), member.file_size
 
 
-def _read_legacy(stream: BinaryIO, file: CheckpointFile) -> TorchContents:
-    reader = PickleReader(stream, min(_FREE_NBYTES + 4 * file.size, _MOST_LEGACY_NBYTES), file=str(file.path))
-    if (magic := reader.load()) != _LEGACY_MAGIC or (version := reader.load()) != _LEGACY_VERSION:
-        raise ValueError(f"the format is {'none' if magic != _LEGACY_MAGIC else str(version)[:40]} of torch.save")
+def _read_legacy(stream: BinaryIO, file: CheckpointFile, size: int) -> TorchContents:
+    reader = PickleReader(stream, min(_FREE_NBYTES + 4 * size, _MOST_LEGACY_NBYTES), file=str(file.path))
+    if (magic := reader.load()) != LEGACY_MAGIC or (version := reader.load()) != _LEGACY_VERSION:
+        raise ValueError(f"the format is {'none' if magic != LEGACY_MAGIC else str(version)[:40]} of torch.save")
     reader.load()  # the machine that wrote it: storages are little-endian whatever it was
     value, keys = reader.load(), reader.load()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
@@ -128,7 +126,7 @@ def _read_legacy(stream: BinaryIO, file: CheckpointFile) -> TorchContents:
         if key not in itemsizes:
             raise ValueError("there is a storage of no tensor")
         nbytes = count * itemsizes[key]
-        if count < 0 or at + 8 + nbytes > file.size:
+        if count < 0 or at + 8 + nbytes > size:
             raise ValueError("a storage ends behind the end of the file")
         places[key] = (at + 8, nbytes)
         at += 8 + nbytes

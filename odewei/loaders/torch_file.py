@@ -6,6 +6,7 @@ tensor is believed only as far as its storage reaches in the file.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
@@ -93,7 +94,7 @@ class TorchLoader(FileLoader):
 
     def values(self) -> Mapping[str, object]:
         self.weights()
-        return self._names.values(self._values)
+        return copy.deepcopy(self._names.values(self._values))  # each model's own
 
     def metadata(self) -> Mapping[str, Mapping[str, object]]:
         self.weights()

@@ -90,7 +90,8 @@ def test_memory_is_noticed() -> None:
     """Without the count of what a pickle makes, a small one takes all the memory there is, and that is a failure."""
     program = (
         "import tempfile; from pathlib import Path; from odewei.loaders import torch_archive;"
-        "from tests.fuzz import child, judge; from tests.fuzz.case import Case; from tests.fuzz.pickles import archive_of;"
+        "from tests.fuzz import child, judge; from tests.fuzz.case import Case;"
+        "from tests.fuzz.pickles import archive_of;"
         "case = Case('pickle', 'w.pt', {'w.pt': archive_of(b'}' * 1_000_000 + b'.')});"
         "folder = Path(tempfile.mkdtemp()); judge.watch_the_process(); child.limit_memory(child.SPARE_NBYTES);"
         "print(judge.judge(case, folder / 'case')); torch_archive._FREE_NBYTES = 1 << 40\n"

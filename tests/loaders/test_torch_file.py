@@ -152,7 +152,7 @@ def test_hostile_legacy_files_and_other_files_are_refused(tmp_path: Path) -> Non
     with pytest.raises(UnsafeCheckpointError, match=r"asks for posix\.mkdir"):
         TorchLoader(tmp_path / "old.pt").weights()
     for name in ("empty.pt", "text.pt"):
-        with pytest.raises(CheckpointError, match=r"no file of torch\.save|is empty"):
+        with pytest.raises(CheckpointError, match=r"not? (a )?file of torch\.save"):
             TorchLoader(tmp_path / name).weights()
     assert not (tmp_path / "ran").exists()
 
