@@ -68,16 +68,19 @@ def as_loaded(
 def _first_that_fits(
     model: nn.Module, source: WeightsLoader, names: Mapping[str, list[str]], partial: bool
 ) -> MatchedLoader:
-    """What the hooks make of the names as they are; where that is nothing, of the names read so that they fit."""
+    """What the hooks make of the names as they are; where that is nothing, of the names read so that they fit.
+
+    Hooks rename, so a reading need not find all weights; what the hooks make of it does (unless ``partial``).
+    """
     problem: OdeweiError | None = None
     nothing: MatchedLoader | None = None
-    for one in itertools.chain([source], readings_of(model, source, names, partial)):
+    for one in itertools.chain([source], readings_of(model, source, names, True)):
         try:
             matched = _Rehearsal(model, one).run()
         except OdeweiError as error:
             problem = problem or error
             continue
-        if not matched.is_empty:
+        if not matched.is_empty and (one is source or partial or matched.has_all(names.values())):
             return matched
         nothing = nothing or matched
     if problem is not None:

@@ -6,7 +6,7 @@ read, in the reader's thread: that takes the memory of what it is computed of, b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -88,6 +88,13 @@ class MatchedLoader(RenamedLoader):
     def is_empty(self) -> bool:
         """Whether the model took nothing at all of the checkpoint."""
         return not self._infos and not self.settled
+
+    def has_all(self, weights: Iterable[Sequence[str]]) -> bool:
+        """Whether the model has taken each of the weights, of which these are the names."""
+        return all(
+            any(name in self._infos or name in self.settled or name in self.excused for name in names)
+            for names in weights
+        )
 
     @property
     def computed(self) -> tuple[str, ...]:

@@ -333,7 +333,7 @@ def test_a_function_cannot_say_what_it_has(options: dict[str, Any]) -> None:
         lambda name: name.replace(".", "._orig_mod.", 1),
     ],
 )
-@pytest.mark.parametrize("make", ["two", "weight_norm", "norms", "wrapped"])
+@pytest.mark.parametrize("make", ["two", "weight_norm", "only_weight_norm", "norms", "wrapped"])
 def test_what_is_wrapped_around_names_is_taken_off(
     spell: Callable[[str], str], make: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -341,6 +341,10 @@ def test_what_is_wrapped_around_names_is_taken_off(
     model_fn, state = {
         "two": (two, two_state()),
         "weight_norm": (weight_norm, old_weight_norm_state()),
+        "only_weight_norm": (
+            lambda: weight_norm()[:1],  # type: ignore[index]
+            {name: value for name, value in old_weight_norm_state().items() if name.startswith("0.")},
+        ),
         "norms": (norms, norms_without_counts()),
         "wrapped": (wrapped, {**linear("0."), **linear("1.", 8, 4)}),
     }[make]
