@@ -34,6 +34,8 @@ class Options:
     io: Literal["auto", "direct", "buffered"]
     num_readers: int
     on_missing: Literal["error", "init"]
+    on_mismatch: Literal["error", "init"] = "error"
+    strict: bool = False
 
     @classmethod
     def check(
@@ -49,6 +51,8 @@ class Options:
         num_readers: int,
         enable_preloading: bool,
         on_missing: str,
+        on_mismatch: str = "error",
+        strict: bool = False,
     ) -> Options:
         """Validate. Raises OptionsError for a value that cannot work."""
         if dtype is not None and not (isinstance(dtype, torch.dtype) and _is_cast_target(dtype)):
@@ -59,8 +63,9 @@ class Options:
             _check_choice("granularity", granularity, ("auto", "block", "leaf"))
         _check_choice("io", io, ("auto", "direct", "buffered"))
         _check_choice("on_missing", on_missing, ("error", "init"))
-        if not isinstance(enable_preloading, bool):
-            raise OptionsError(f"enable_preloading={enable_preloading!r} is neither True nor False")
+        _check_choice("on_mismatch", on_mismatch, ("error", "init"))
+        _check_bool("enable_preloading", enable_preloading)
+        _check_bool("strict", strict)
         return cls(
             depth=_depth(prefetch_depth) if enable_preloading else 0,
             budget=_budget(memory_budget, num_readers, host_budget),
@@ -71,6 +76,8 @@ class Options:
             io=io,  # type: ignore[arg-type]
             num_readers=num_readers,
             on_missing=on_missing,  # type: ignore[arg-type]
+            on_mismatch=on_mismatch,  # type: ignore[arg-type]
+            strict=strict,
         )
 
     def again(self) -> Options:
@@ -87,6 +94,11 @@ class Options:
 def _check_choice(keyword: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise OptionsError(f"{keyword}={value!r} is not known", cure=f"Use one of {', '.join(map(repr, choices))}")
+
+
+def _check_bool(keyword: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise OptionsError(f"{keyword}={value!r} is neither True nor False")
 
 
 def _depth(prefetch_depth: int | str) -> int | None:

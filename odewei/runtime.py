@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from odewei.binding import Binder, WeightStream
+from odewei.buffers import load_buffers
 from odewei.copies import Skeleton
 from odewei.deep_copy import DeepCopy
 from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError, TraceError
@@ -27,10 +28,11 @@ from odewei.guards import guard, unguard
 from odewei.hooks import Hooks, unhook
 from odewei.host_tier import HostTier
 from odewei.layout import Layout
+from odewei.load_hooks import as_loaded
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.looked_up import LookUps
-from odewei.matching import load_buffers, move_to
+from odewei.matching import move_to
 from odewei.module_binding import IdleParameters, idle_of
 from odewei.options import Options
 from odewei.placeholder import Home, Placeholder, become
@@ -120,8 +122,18 @@ class Runtime:
         if copied is not None:
             self.stock = copied[0].of(survey(modules, known=copied[1]))
         else:
-            self.stock = Stock.match(model, survey(modules), source, dtype, options.on_missing)
-            load_buffers(modules, source, dtype, options.on_missing)
+            source, modules = as_loaded(modules, source, partial=options.on_missing == "init")
+            self._source = source
+            self.stock = Stock.match(
+                modules,
+                survey(modules),
+                source,
+                dtype,
+                options.on_missing,
+                on_mismatch=options.on_mismatch,
+                strict=options.strict,
+            )
+            self.stock.tell(load_buffers(modules, source, dtype, options.on_missing, options.on_mismatch))
             move_to(modules, self.device)
         self._buffer_bytes = _buffer_bytes(modules)
         self._weights = {weight.name: weight for weight in self.stock.weights}
@@ -171,12 +183,8 @@ class Runtime:
             self._expect_saved_order(model)
             undo.pop_all()
         _runtimes[model] = self
-<<<<<<< HEAD
         self._finalizer = weakref.finalize(stream, self.driver.leave_for_good, self.account)
-=======
         streamed_roots.add(model)
-        self._finalizer = weakref.finalize(model, self.driver.leave_for_good, self.account)
->>>>>>> wt-build
         self.driver.start()
         self.driver.poke()
 
@@ -271,7 +279,6 @@ class Runtime:
         """
         if not self._finalizer.alive:
             raise ClosedError("the model was closed", cure="Build it again to load it whole")
-<<<<<<< HEAD
         stream = self._stream()  # until the end
         model = self._model()
         modules = {id(module): module for module in self.binder.modules()}
@@ -290,20 +297,9 @@ class Runtime:
                     own["_flat_weights"] = [own["_parameters"].get(name) for name in module._flat_weights_names]
         if model is not None:
             _runtimes.pop(model, None)
+            streamed_roots.discard(model)
         if not self._is_used_elsewhere(stream):
             self.close()
-=======
-        assert model is not None
-        parameters: dict[str, nn.Parameter] = {}
-        for unit in range(self.layout.pieces):
-            found = self.binder.hold(unit)
-            parameters.update({name: nn.Parameter(tensor.detach().clone()) for name, tensor in found.items()})
-        self._take_off(model)
-        self.binder.restore(parameters)
-        del _runtimes[model]
-        streamed_roots.discard(model)
-        self.close()
->>>>>>> wt-build
 
     @staticmethod
     def _is_used_elsewhere(stream: WeightStream | None) -> bool:

@@ -70,6 +70,8 @@ def init_on_demand_weights_model(
     num_readers: int = 4,
     enable_preloading: bool = True,
     on_missing: str = "error",
+    on_mismatch: str = "error",
+    strict: bool = False,
     verify: Verify = "size",
 ) -> nn.Module:
     """Build a model whose weights are read from a checkpoint when they are needed, ahead of their need.
@@ -103,6 +105,10 @@ def init_on_demand_weights_model(
         num_readers: reader threads. More than 4 seldom helps. A shared ``MemoryBudget`` has its own number.
         enable_preloading: False is the same as ``prefetch_depth=0``.
         on_missing: a weight that the checkpoint lacks: "error", or "init" to initialise it as the model would.
+        on_mismatch: a weight or buffer that has another shape in the checkpoint: "error", or "init" to initialise it as
+            if it were missing (``ignore_mismatched_sizes`` elsewhere).
+        strict: entries of the checkpoint that the model has no use for are an error, as in ``load_state_dict``. By
+            default they are told once, in the log, and not read.
         verify: for a path: "size": files are as long as their headers say; "sha256": and have the sums that are kept
             beside them, which are compared before the model is built; "none": neither. Loaders have it themselves.
 
@@ -123,6 +129,8 @@ def init_on_demand_weights_model(
         num_readers=num_readers,
         enable_preloading=enable_preloading,
         on_missing=on_missing,
+        on_mismatch=on_mismatch,
+        strict=strict,
     )
     if isinstance(source, WeightsLoader):
         with not_of_a_build(), without_collector():

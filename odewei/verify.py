@@ -17,13 +17,16 @@ from typing import Literal
 from odewei.errors import CheckpointError, CorruptCheckpointError, OdeweiError, OptionsError
 from odewei.loaders.base import CheckpointFile, WeightInfo
 from odewei.loaders.checkpoint_index import read_index
+from odewei.loaders.distributed import NO_TENSOR
 from odewei.loaders.file_loader import open_header
+from odewei.loaders.folders import METADATA_NAME, Start
+from odewei.loaders.known_weights import KnownWeights
 from odewei.loaders.numpy_file import NumpyLoader, arrays_in
-from odewei.loaders.open_checkpoint import INDEX_SUFFIX, choose
+from odewei.loaders.open_checkpoint import choose, open_checkpoint
 from odewei.loaders.remote_path import as_place
-from odewei.loaders.sharded import open_weights_file
 from odewei.loaders.sums import SUMS_NAME, KnownSum, find_sum, format_sum, hash_file, read_sums, wrong_sum
 from odewei.loaders.torch_file import TorchLoader
+from odewei.loaders.weights_file import open_weights_file
 from odewei.loaders.zip_members import check_sums
 from odewei.verify_report import FileReport, VerifyReport
 
@@ -120,7 +123,7 @@ _Lookup = Callable[[Path], KnownSum | None] | None
 
 
 def _look(
-    start: Path, lookup: _Lookup, on_progress: OnProgress | None, *, hash_all: bool = False
+    start: Start, lookup: _Lookup, on_progress: OnProgress | None, *, hash_all: bool = False
 ) -> tuple[FileReport, ...]:
     """Look at all files of the checkpoint: the headers of each, then the bytes of those whose sums are known."""
     found = _headers(start)
@@ -165,17 +168,31 @@ def _check_entries(one: _Looked, on_bytes: Callable[[int], object]) -> None:
             ) from error
 
 
-def _headers(start: Path) -> list[_Looked]:
+def _headers(start: Start) -> list[_Looked]:
     """Every file of the checkpoint, with what its headers say."""
-    if start.is_dir():
-        found = [_Looked(path) for path in arrays_in(start)]
-    elif start.name.endswith(INDEX_SUFFIX):
-        return _shards(start)
-    else:
-        found = [_Looked(start)]
+    if start.kind == "index":
+        return _shards(start.path)
+    if start.kind == "distributed":
+        return _distributed(start.path)
+    found = [_Looked(path) for path in (arrays_in(start.path) if start.kind == "arrays" else start.paths)]
     for one in found:
         _open(one)
+    if start.kind == "shards" and not any(one.problems for one in found):
+        with found[0].noting():
+            open_checkpoint(start.path.parent).weights()  # no name twice
     return found
+
+
+def _distributed(folder: Path) -> list[_Looked]:
+    """The metadata and the files beside them; what the headers say of any of them is a problem of the metadata."""
+    found = [_Looked(folder / METADATA_NAME)]
+    with found[0].noting():
+        loader = open_checkpoint(folder)
+        known = loader.weights()
+        found[0].weights = len(known)
+        refused = known.refused.values() if isinstance(known, KnownWeights) else ()
+        found[0].problems += [str(error) for error in refused if error.problem != NO_TENSOR]
+    return found + [_Looked(path) for path in sorted(folder.iterdir()) if path.suffix == ".distcp"]
 
 
 def _shards(start: Path) -> list[_Looked]:
@@ -193,7 +210,7 @@ def _shards(start: Path) -> list[_Looked]:
         assert isinstance(shard, Path), "the folder is local"
         one = _Looked(shard)
         has = _open(one)
-        missing = [] if has is None else [name for name in names if name not in has]
+        missing = [] if has is None else [name for name in names if name not in has]  # refused ones are there
         if missing:
             shown = ", ".join(map(repr, missing[:5]))
             one.problems.append(
@@ -219,16 +236,16 @@ def _open(one: _Looked) -> Mapping[str, WeightInfo] | None:
     return has
 
 
-def _start(path: str | os.PathLike[str]) -> Path:
-    """The file or folder that the checkpoint begins at. Raises CheckpointError, OptionsError for a URL."""
+def _start(path: str | os.PathLike[str]) -> Start:
+    """What the checkpoint begins at. Raises CheckpointError, OptionsError for a URL."""
     place = as_place(path)
     if not isinstance(place, Path):
         raise OptionsError("only a local checkpoint can be verified", file=str(place), cure="Download it first")
-    return choose(place)
+    return choose(place, deeper=False)  # sums are by names that begin at the folder
 
 
-def _folder(start: Path) -> Path:
-    return start if start.is_dir() else start.parent
+def _folder(start: Start) -> Path:
+    return start.path if start.kind in ("arrays", "distributed") else start.path.parent
 
 
 def _name(path: Path, folder: Path) -> str:

@@ -348,7 +348,11 @@ def test_every_kind_of_ids(ids: object, padding: int | None, plain: tuple[nn.Mod
     got, expected = answer(streamed.embed.weight), answer(model.embed.weight)
     if isinstance(expected, torch.Tensor):
         assert isinstance(got, torch.Tensor)
-        assert (got.device, got.stride(), got.requires_grad) == (expected.device, expected.stride(), expected.requires_grad)
+        assert (got.device, got.stride(), got.requires_grad) == (
+            expected.device,
+            expected.stride(),
+            expected.requires_grad,
+        )
         assert got.is_meta or models.same_bits([got], [expected])
     else:
         assert got == expected

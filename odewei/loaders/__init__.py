@@ -9,6 +9,7 @@ their word, and pickles may build tensors only.
 """
 
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightPart, WeightsLoader
+from odewei.loaders.distributed import DistributedLoader
 from odewei.loaders.gathering import Concat, GatheringLoader, Recipe, Stack
 from odewei.loaders.gguf_file import GgufLoader
 from odewei.loaders.numpy_file import NumpyLoader
@@ -16,6 +17,7 @@ from odewei.loaders.open_checkpoint import open_checkpoint
 from odewei.loaders.plain_callable import CallableLoader, as_source
 from odewei.loaders.remote_path import RemoteOptions
 from odewei.loaders.safetensors_file import SafetensorsLoader
+from odewei.loaders.shard_set import ShardSetLoader
 from odewei.loaders.sharded import ShardedWeightsLoader
 from odewei.loaders.state_dict import StateDictLoader
 from odewei.loaders.tensors import is_castable, read_tensor, view_as_weight
@@ -25,12 +27,14 @@ __all__ = [
     "CallableLoader",
     "CheckpointFile",
     "Concat",
+    "DistributedLoader",
     "GatheringLoader",
     "GgufLoader",
     "NumpyLoader",
     "Recipe",
     "RemoteOptions",
     "SafetensorsLoader",
+    "ShardSetLoader",
     "ShardedWeightsLoader",
     "Span",
     "Stack",

@@ -12,14 +12,15 @@ import math
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError, OptionsError, WeightReadError
+from odewei.loaders.file_identity import ctime_to_keep, has_unsteady_ctime, is_still
 from odewei.loaders.names import Names, Rename
 from odewei.loaders.remote_path import AnyPath, RemotePath
 
@@ -38,6 +39,8 @@ class CheckpointFile:
     size: int
     mtime_ns: int
     inode: int
+    ctime_ns: int = field(default=0, compare=False, kw_only=True)
+    """When it was last changed in any way; 0 if that would not tell a later change from it."""
 
     @classmethod
     def stat(cls, path: AnyPath) -> CheckpointFile:
@@ -51,11 +54,7 @@ class CheckpointFile:
         try:
             found = os.stat(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise CheckpointNotFoundError(
-                "a file of the checkpoint does not exist",
-                file=str(path),
-                cure="Check the path, or download the checkpoint again",
-            ) from error
+            raise _not_found(path) from error
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"a file of the checkpoint cannot be looked at: {getattr(error, 'strerror', None) or error}",
@@ -74,23 +73,32 @@ class CheckpointFile:
                 file=str(path),
                 cure="Copy the weights into a file first",
             )
-        return cls(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
+        return cls(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino, ctime_ns=ctime_to_keep(found))
 
-    def check_unchanged(self, fd: int, *, weight: str | None = None) -> None:
-        """Raise WeightReadError (naming ``weight``) if the open file ``fd`` is not the file whose header was read, or
-        is not at its path any more: then another one may be there, with which the files still to be opened belong.
+    def check_unchanged(self, fd: int, *, weight: str | None = None, at_path: bool = True) -> None:
+        """Raise WeightReadError (naming ``weight``) if the open file ``fd`` is not the file whose header was read, or,
+        ``at_path``, is not at its path any more: then another one may be there, with which the files still to be opened
+        belong.
         """
         now = os.fstat(fd)
-        if (now.st_size, now.st_mtime_ns, now.st_ino) != (self.size, self.mtime_ns, self.inode):
+        if not self._is_still(now, lambda: os.fstat(fd)):
             raise self._changed(
                 f"changed while the model was using it ({self.size} bytes then, {now.st_size} now)", weight
             )
+        if not at_path:
+            return
         try:
             there = os.stat(self.path)
+            is_there = there.st_ino in (self.inode, now.st_ino) or self._is_still(there, lambda: os.stat(self.path))
         except OSError as error:
             raise self._changed(f"taken away while the model was using it ({error.strerror})", weight) from error
-        if there.st_ino != self.inode:
+        if not is_there:
             raise self._changed("replaced by another one while the model was using it", weight)
+
+    def _is_still(self, now: os.stat_result, look: Callable[[], os.stat_result]) -> bool:
+        if (now.st_size, now.st_mtime_ns, now.st_ino) == (self.size, self.mtime_ns, self.inode):
+            return True
+        return is_still(self.path, self.size, self.mtime_ns, self.inode, self.ctime_ns, now, look)
 
     @staticmethod
     def last_change(fd: int) -> int:
@@ -99,6 +107,11 @@ class CheckpointFile:
         Who puts back what was there, the time of writing included, cannot hide it from who was reading meanwhile.
         """
         return os.fstat(fd).st_ctime_ns
+
+    @staticmethod
+    def was_touched(fd: int, since: int) -> bool:
+        """Whether something was done to an open file after ``last_change`` gave ``since``."""
+        return os.fstat(fd).st_ctime_ns != since and not has_unsteady_ctime(lambda: os.fstat(fd))
 
     @contextmanager
     def steady(self, fd: int, *, weight: str | None = None) -> Iterator[None]:
@@ -109,7 +122,7 @@ class CheckpointFile:
         since = self.last_change(fd)
         yield
         self.check_unchanged(fd, weight=weight)
-        if self.last_change(fd) != since:
+        if self.was_touched(fd, since):
             raise self.touched(weight)
 
     def touched(self, weight: str | None = None) -> WeightReadError:
@@ -121,8 +134,21 @@ class CheckpointFile:
             f"the file was {how}",
             weight=weight,
             file=str(self.path),
-            cure="Put the original file back, or build the model again from the new one",
+            cure="Put the original file back, or build the model again from the new one; a model is best saved to "
+            "another folder than the one that it streams from",
         )
+
+
+def _not_found(path: Path) -> CheckpointNotFoundError:
+    """What to raise for a path that leads to no file."""
+    problem, cure = "a file of the checkpoint does not exist", "Check the path, or download the checkpoint again"
+    if os.path.islink(path):
+        problem = f"a file of the checkpoint is a link to {os.readlink(path)[:500]!r}, which does not exist"
+        cure = "Download the checkpoint again: the cache that the link leads into has lost the file, or was moved"
+    elif (parent := next((one for one in path.parents if os.path.exists(one)), None)) and not parent.is_dir():
+        problem = f"a file of the checkpoint does not exist: {str(parent)!r}, where it should be, is a file itself"
+        cure = f"Name {str(parent)!r}, if that is the checkpoint"
+    return CheckpointNotFoundError(problem, file=str(path), cure=cure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,10 +275,23 @@ class WeightsLoader(ABC):
         """The file that the checkpoint begins at; None if it is in no file, so that nothing can be kept beside it."""
         return None
 
+    @property
+    def is_as_loaded(self) -> bool:
+        """Whether the weights are what the model's ``load_state_dict`` makes of them: then its hooks do not run."""
+        return False
+
+    def values(self) -> Mapping[str, object]:
+        """What the checkpoint holds besides tensors, by the model's names: a module's extra state, an epoch."""
+        return {}
+
+    def metadata(self) -> Mapping[str, Mapping[str, object]]:
+        """Versions that ``state_dict()`` kept for each module, by the module's name; empty where there are none."""
+        return {}
+
     @abstractmethod
     def weights(self) -> Mapping[str, WeightInfo]:
         """Every weight of the checkpoint by the model's name. Reads headers at most, never weights; the answer does not
-        change.
+        change. It may be a ``KnownWeights``, which raises where somebody asks for a tensor that cannot be read.
 
         Raises CheckpointError when headers or indexes cannot be used.
         """
@@ -266,7 +305,10 @@ class WeightsLoader(ABC):
         """
 
     def locate(self, names: Iterable[str]) -> dict[str, WeightInfo]:
-        """Those of ``names`` that the checkpoint has, with the place of their bytes."""
+        """Those of ``names`` that the checkpoint has, with the place of their bytes.
+
+        Raises CheckpointError for one that it has, but not as a tensor that can be read.
+        """
         known = self.weights()
         return {name: known[name] for name in names if name in known}
 

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from odewei.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError
 from odewei.loaders.base import CheckpointFile
+from odewei.loaders.file_kind import kind_of
 from odewei.loaders.file_loader import open_header
 from odewei.loaders.json_pairs import JsonText
 from odewei.loaders.remote_path import AnyPath, as_place, is_url
@@ -22,6 +23,7 @@ __all__ = ["CheckpointIndex", "check_shard_name", "parse_index", "read_index"]
 
 _MAX_INDEX_NBYTES = 100_000_000
 _MAX_KEYS = 1000
+_EXPLAINING_NBYTES = 4096
 _MAX_SHARD_NAME = 1000
 _MAX_VALUE_NBYTES = 1 << 20  # of what is beside the mapping: it is read over
 _CURE = "Download the index again"
@@ -70,6 +72,9 @@ def read_index(
         )
     with open_header(file) as stream:
         text = stream.read()
+    kind = kind_of(text[:_EXPLAINING_NBYTES], file.size)
+    if kind is not None and kind.reader != "index" and not text.lstrip()[:1] == b"{":
+        raise kind.error(file, "an index of shards")
     return parse_index(text, place, as_place(weights_dir), weights_mapping_key)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
 import threading
 from abc import abstractmethod
@@ -21,12 +22,14 @@ import torch
 
 from odewei.errors import CheckpointError, OptionsError, WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightInfo, WeightsLoader
+from odewei.loaders.known_weights import KnownWeights, named
 from odewei.loaders.names import Rename
 from odewei.loaders.remote_file import RemoteFile, RemoteStream
 from odewei.loaders.remote_path import AnyPath, RemoteOptions, as_place
 from odewei.loaders.sums import Verify, as_verify, check_sum
+from odewei.loaders.told import tell_once
 
-__all__ = ["FileLoader", "open_again", "open_header", "read_span"]
+__all__ = ["FileLoader", "map_file", "open_again", "open_header", "read_span"]
 
 _EIO_TRIES = 3
 _REMOTE_BUFFER_NBYTES = 1 << 18  # what is asked for to read a header
@@ -97,6 +100,32 @@ def read_span(info: WeightInfo, buffer: memoryview) -> None:
         os.close(fd)
 
 
+def map_file(file: CheckpointFile) -> mmap.mmap | None:
+    """The whole file as memory of its own (private, copy-on-write), or None if its file system does not map files or
+    there is no room to: then ``read_span`` is the way to its bytes.
+
+    What is written into the memory stays there; what somebody writes into the file may show through, and touching what
+    was cut off from it ends the process. Raises WeightReadError if the file is not what it was. Any thread.
+    """
+    if isinstance(file, RemoteFile) or not file.size:
+        return None
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise WeightReadError(
+            f"the file can no longer be opened ({error.strerror})", file=str(file.path), cure="Put the file back"
+        ) from error
+    try:
+        file.check_unchanged(fd)
+        return mmap.mmap(fd, file.size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        folder = os.path.dirname(file.path)
+        tell_once(f"files in {folder!r} cannot be mapped ({error.strerror}): they are read instead")
+        return None
+    finally:
+        os.close(fd)
+
+
 def _fill(fd: int, info: WeightInfo, buffer: memoryview) -> None:
     assert info.span is not None
     done = failures = 0
@@ -161,7 +190,7 @@ class FileLoader(WeightsLoader):
                 cure="Use verify='size', or download the checkpoint and open the copy",
             )
         self._check_path()
-        self._weights: dict[str, WeightInfo] | None = None
+        self._weights: Mapping[str, WeightInfo] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -180,23 +209,31 @@ class FileLoader(WeightsLoader):
         return file
 
     @abstractmethod
-    def _read_headers(self) -> dict[str, WeightInfo]:
-        """All weights by the checkpoint's names. Called under the lock, until it has succeeded once."""
+    def _read_headers(self) -> Mapping[str, WeightInfo]:
+        """All weights by the checkpoint's names, ``KnownWeights`` where some of them cannot be read. Called under the
+        lock, until it has succeeded once.
+        """
 
     def weights(self) -> Mapping[str, WeightInfo]:
         with self._lock:
             if self._weights is None:
-                self._weights = self._names.apply(self._read_headers(), file=str(self.path))
-            return MappingProxyType(self._weights)
+                found = named(self._read_headers(), self._names, str(self.path))
+                self._weights = found if isinstance(found, KnownWeights) else MappingProxyType(found)
+            return self._weights
 
     def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
         read_span(info, buffer)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        state = {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        if isinstance(self._weights, MappingProxyType):  # which cannot be pickled
+            state["_weights"] = dict(self._weights)
+        return state
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
+        if isinstance(self._weights, dict):
+            self._weights = MappingProxyType(self._weights)
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:

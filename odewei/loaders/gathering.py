@@ -18,10 +18,11 @@ import numpy.typing as npt
 from odewei.errors import CheckpointError, MissingWeightError, OptionsError, WeightMismatchError
 from odewei.loaders.base import Span, WeightInfo, WeightPart, WeightsLoader
 from odewei.loaders.file_loader import read_span
+from odewei.loaders.known_weights import KnownWeights, named
 from odewei.loaders.names import Rename
 from odewei.loaders.tensors import contiguous_stride
 
-__all__ = ["Concat", "GatheringLoader", "Recipe", "Stack", "cut_places", "gather", "lies_in_places"]
+__all__ = ["Concat", "GatheringLoader", "Recipe", "Stack", "cut_places", "gather", "lies_in_places", "read_part"]
 
 _PIECE_NBYTES = 1 << 20
 _MOVED_AS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # copies of these keep every bit
@@ -91,7 +92,7 @@ class GatheringLoader(WeightsLoader):
                 )
         self.loader = loader
         self.recipes = dict(recipes)
-        self._weights: dict[str, WeightInfo] | None = None
+        self._weights: Mapping[str, WeightInfo] | None = None
 
     @property
     def place(self) -> Path | None:
@@ -103,6 +104,7 @@ class GatheringLoader(WeightsLoader):
             made = {name: gather(name, recipe, known) for name, recipe in self.recipes.items()}
             used = {source for recipe in self.recipes.values() for source in _names(recipe)}
             found = {name: info for name, info in known.items() if name not in used}
+            refused = known.refused if isinstance(known, KnownWeights) else {}
             for name, info in made.items():
                 if name in found:
                     raise CheckpointError(
@@ -112,8 +114,14 @@ class GatheringLoader(WeightsLoader):
                         cure="Take the recipe out, or have the loader's rename leave the weight out",
                     )
                 found[name] = info
-            self._weights = self._names.apply(found)
+            self._weights = named(KnownWeights(found, refused) if refused else found, self._names, None)
         return self._weights
+
+    def values(self) -> Mapping[str, object]:
+        return self._names.values(self.loader.values())
+
+    def metadata(self) -> Mapping[str, Mapping[str, object]]:
+        return self._names.metadata(self.loader.metadata())
 
     def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
         if not info.parts:
@@ -123,7 +131,7 @@ class GatheringLoader(WeightsLoader):
             raise ValueError(f"{info.name} has {info.nbytes} bytes, the buffer {buffer.nbytes}")
         for part in info.parts:
             if part.source.nbytes:
-                _read_part(self.loader, part, buffer.cast("B"))
+                read_part(self.loader, part, buffer.cast("B"))
 
     def close(self) -> None:
         self.loader.close()
@@ -249,7 +257,7 @@ def _places(
         offset += stride[dim] * (1 if stacks else _shape(source, name, known)[dim])
 
 
-def _read_part(loader: WeightsLoader, part: WeightPart, buffer: memoryview) -> None:
+def read_part(loader: WeightsLoader, part: WeightPart, buffer: memoryview) -> None:
     """Read one source to its place in ``buffer``: straight if it is one stretch there, else a piece at a time."""
     item = part.source.dtype.itemsize
     if part.is_one_run:

@@ -6,13 +6,13 @@ messages name what is in the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from odewei.errors import CheckpointError, MissingWeightError, OptionsError
 
-__all__ = ["Names", "Rename"]
+__all__ = ["Names", "Rename", "brief"]
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
 """From the checkpoint's name to the model's; None leaves the weight out. A mapping keeps names that it lacks."""
@@ -67,11 +67,30 @@ class Names:
             sources[name] = source
         return {name: found[source] for name, source in sources.items()}
 
+    def values(self, found: Mapping[str, _Value]) -> dict[str, _Value]:
+        """What is no weight, under the model's names. ``rename`` is not checked: that it knows weights is enough."""
+        short = {name.removeprefix(self.prefix): value for name, value in found.items() if name.startswith(self.prefix)}
+        names = {name: self._new(name, None) for name in short}
+        return {new: short[name] for name, new in names.items() if new is not None}
+
+    def metadata(self, found: object) -> dict[str, Mapping[str, object]]:
+        """What ``state_dict()`` keeps of each module, by the model's names of modules, as far as that can be told: a
+        ``rename`` is of weights, and whoever renames a state dictionary by hand loses it too.
+        """
+        if self.rename is not None or not isinstance(found, Mapping):
+            return {}
+        kept = {f"{path}.": values for path, values in found.items() if isinstance(values, Mapping)}
+        return {
+            path.removeprefix(self.prefix).removesuffix("."): values
+            for path, values in kept.items()
+            if path.startswith(self.prefix)
+        }
+
     def _without_prefix(self, found: Mapping[str, object], file: str | None) -> dict[str, str]:
         kept = {name.removeprefix(self.prefix): name for name in found if name.startswith(self.prefix)}
         if found and not kept:
             raise CheckpointError(
-                f"no weight's name begins with {self.prefix!r}; the names are {_brief(found)}",
+                f"no weight's name begins with {self.prefix!r}; the names are {brief(found)}",
                 file=file,
                 cure="Give the prefix as it is in the names, with its dot",
             )
@@ -95,13 +114,14 @@ def _check_known(rename: Mapping[str, str | None], kept: Mapping[str, str], file
     for name in rename:
         if name not in kept:
             raise MissingWeightError(
-                f"rename maps a weight that the checkpoint does not have; the names are {_brief(kept)}",
+                f"rename maps a weight that the checkpoint does not have; the names are {brief(kept)}",
                 weight=str(name),
                 file=file,
                 cure="Correct the name (without the prefix, if one is given), or take it out of rename",
             )
 
 
-def _brief(names: Mapping[str, object]) -> str:
+def brief(names: Collection[str]) -> str:
+    """A few of the names, for a message."""
     shown = ", ".join(repr(name) for name in list(names)[:5]) or "none"
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

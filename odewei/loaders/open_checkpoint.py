@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError
-from odewei.loaders.base import WeightsLoader
+from odewei.loaders.base import CheckpointFile, WeightsLoader
+from odewei.loaders.distributed import DistributedLoader
+from odewei.loaders.file_kind import look_at
+from odewei.loaders.folders import (
+    INDEX_SUFFIX,
+    METADATA_NAME,
+    USUAL_NAMES,
+    Start,
+    choose_name,
+    find_start,
+    nothing_there,
+)
 from odewei.loaders.names import Rename
 from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.remote_file import list_folder
-from odewei.loaders.remote_path import AnyPath, RemoteOptions, RemotePath, as_place
-from odewei.loaders.sharded import TORCH_SUFFIXES, ShardedWeightsLoader, is_weights_file, open_weights_file
+from odewei.loaders.remote_path import RemoteOptions, RemotePath, as_place
+from odewei.loaders.shard_names import ShardSet
+from odewei.loaders.shard_set import ShardSetLoader
+from odewei.loaders.sharded import ShardedWeightsLoader
 from odewei.loaders.sums import Verify
+from odewei.loaders.weights_file import is_weights_file, open_weights_file
 
 __all__ = ["INDEX_SUFFIX", "choose", "open_checkpoint"]
 
-INDEX_SUFFIX = ".index.json"
-_USUAL_NAMES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-_ONLY_ONE_OF = ((INDEX_SUFFIX,), (".safetensors",), TORCH_SUFFIXES, (".npz",), (".gguf",))
-_ARRAYS = ".npy"
+_TRIED = USUAL_NAMES[:4]  # each is a request
 
 
 def open_checkpoint(
@@ -44,51 +51,66 @@ def open_checkpoint(
     """The loader for a file that ``open_weights_file`` reads, an .index.json, or the checkpoint in a folder.
 
     In a folder the usual names of model hubs come first, safetensors before pickles and an index before a single file;
-    then the only index, the only safetensors file, the only torch file, the only .npz file, the only .gguf file; then
-    all .npy files together (local ones only). A URL whose last name has none of the known endings is a folder.
+    then the only index, the only safetensors file, the only torch file, the only .npz file, the only .gguf file, where
+    shards without an index ("model-00001-of-00003.safetensors") count as one file; then all .npy files together, and a
+    checkpoint of torch.distributed; then the only checkpoint in the folders below, of a hub's cache its main revision
+    (local ones only). A URL whose last name has none of the known endings is a folder.
     ``rename``, ``prefix`` and ``verify`` are the loader's (see ``FileLoader``); ``storage_options`` and ``remote`` are
     for URLs. Raises CheckpointNotFoundError, and CheckpointError where several files fit.
     """
     place = as_place(path, storage_options, remote)
+    options = _Options(device=device, dtype=dtype, rename=rename, prefix=prefix, verify=verify)
     if isinstance(place, Path):
-        chosen: AnyPath = choose(place)
-    elif place.name.endswith(INDEX_SUFFIX) or is_weights_file(place):
-        chosen = place
-    else:
+        start = choose(place)
+        if start.kind == "distributed":
+            return DistributedLoader(start.path, **options)
+        if start.kind == "shards":
+            return ShardSetLoader(start.paths, **options)
+        if start.kind == "arrays":
+            return NumpyLoader(start.path, **options)
+        if start.kind == "index":
+            return ShardedWeightsLoader(start.path, start.path.parent, **options)
+        return open_weights_file(start.path, **options)
+    chosen: RemotePath | ShardSet = place
+    if not (place.name.endswith(INDEX_SUFFIX) or is_weights_file(place)):
         chosen = _choose_remote(place)
+    if isinstance(chosen, ShardSet):
+        return ShardSetLoader([place / name for name in chosen.in_order()], **options)
     if chosen.name.endswith(INDEX_SUFFIX):
-        return ShardedWeightsLoader(
-            chosen, chosen.parent, device=device, dtype=dtype, rename=rename, prefix=prefix, verify=verify
-        )
-    if isinstance(chosen, Path) and chosen.is_dir():
-        return NumpyLoader(chosen, device=device, dtype=dtype, rename=rename, prefix=prefix, verify=verify)
-    return open_weights_file(chosen, device=device, dtype=dtype, rename=rename, prefix=prefix, verify=verify)
+        return ShardedWeightsLoader(chosen, chosen.parent, **options)
+    return open_weights_file(chosen, **options)
 
 
-def choose(path: Path) -> Path:
-    """The file that the checkpoint at ``path`` begins at, or the folder itself if it is one of arrays.
+class _Options(TypedDict):
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    rename: Rename | None
+    prefix: str
+    verify: Verify
 
-    Raises CheckpointError as ``open_checkpoint`` does for folders; a path that is none is returned as it is.
+
+def choose(path: Path, *, deeper: bool = True) -> Start:
+    """What the checkpoint at ``path``, a file or a folder, begins at; ``deeper``: it may lie in a folder below.
+
+    Raises CheckpointError as ``open_checkpoint`` does.
     """
-    return _choose(path) if path.is_dir() else path
+    if path.is_dir():
+        return find_start(path, deeper=deeper)
+    if path.name.endswith(INDEX_SUFFIX):
+        return Start("index", (path,))
+    if path.name == METADATA_NAME or path.suffix.lower() == ".distcp":
+        return Start("distributed", (path.parent,))
+    if path.suffix.lower() == ".json":
+        kind = look_at(CheckpointFile.stat(path))
+        if kind is not None and kind.reader == "index":
+            return Start("index", (path,))
+    return Start("file", (path,))
 
 
-def _choose(folder: Path) -> Path:
-    for name in _USUAL_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    for name in _only_one(names, folder):
-        return folder / name
-    if any(name.lower().endswith(_ARRAYS) for name in names):
-        return folder
-    raise _nothing(names, folder, f", *{_ARRAYS}")
-
-
-def _choose_remote(folder: RemotePath) -> RemotePath:
+def _choose_remote(folder: RemotePath) -> RemotePath | ShardSet:
     """The same where there may be no listing: the usual names are tried."""
     refusal: CheckpointError | None = None
-    for name in _USUAL_NAMES:
+    for name in _TRIED:
         try:
             (folder / name).stat()
         except CheckpointNotFoundError:
@@ -98,34 +120,9 @@ def _choose_remote(folder: RemotePath) -> RemotePath:
             continue
         return folder / name
     names = sorted(list_folder(folder))
-    for name in _only_one(names, folder):
-        return folder / name
-    raise refusal or _nothing(names, folder, "")
-
-
-def _only_one(names: Sequence[str], folder: AnyPath) -> Iterator[str]:
-    """The file that the checkpoint begins at, if there is one. Raises CheckpointError if several could be it."""
-    for endings in _ONLY_ONE_OF:
-        fitting = [name for name in names if name.lower().endswith(endings)]
-        if len(fitting) > 1:
-            raise CheckpointError(
-                f"the folder has {len(fitting)} files that could be the checkpoint: {_brief(fitting)}",
-                file=str(folder),
-                cure="Name the file",
-            )
-        yield from fitting
-
-
-def _nothing(names: Sequence[str], folder: AnyPath, also: str) -> CheckpointNotFoundError:
-    return CheckpointNotFoundError(
-        f"the folder has no checkpoint: looked for {', '.join(_USUAL_NAMES)}, *{INDEX_SUFFIX}, *.safetensors, "
-        f"*{', *'.join(TORCH_SUFFIXES)}, *.npz, *.gguf{also}; "
-        f"there {'is' if len(names) == 1 else 'are'} {_brief(names)}",
-        file=str(folder),
-        cure="Name the folder or file of the checkpoint, or download it",
-    )
-
-
-def _brief(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:8]) or "no files"
-    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+    found = choose_name(names, folder)
+    if isinstance(found, ShardSet):
+        return found
+    if found is not None:
+        return folder / found
+    raise refusal or nothing_there(names, folder, "")

@@ -19,6 +19,7 @@ from typing import BinaryIO, NoReturn
 
 from odewei.errors import CheckpointError, CorruptCheckpointError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
+from odewei.loaders.file_kind import kind_of
 from odewei.loaders.file_loader import FileLoader, open_header
 from odewei.loaders.json_pairs import JsonText
 from odewei.loaders.remote_path import as_place
@@ -29,6 +30,7 @@ __all__ = ["SafetensorsLoader", "read_header"]
 _MAX_HEADER_NBYTES = 100_000_000
 _MAX_ENTRY_NBYTES = 1 << 16  # a shape of some thousand dimensions
 _LENGTH_NBYTES = 8
+_EXPLAINING_NBYTES = 4096
 _MAX_COUNT = 2**63 - 1  # torch counts elements in int64
 _TOO_LARGE = 2**64
 _NUMBER = rb"(?:0|[1-9][0-9]{0,17})"
@@ -71,15 +73,26 @@ def _refuse(
 
 def _header_bytes(stream: BinaryIO, file: CheckpointFile) -> bytes:
     """The header without its length. The length is believed only as far as the file goes."""
+    start = stream.read(min(_LENGTH_NBYTES, file.size))
+    nbytes = int.from_bytes(start, "little")
+    if nbytes > _MAX_HEADER_NBYTES or nbytes < len(b"{}"):
+        _explain(start, stream, file)
     if file.size < _LENGTH_NBYTES:
         _refuse(file, f"the file is truncated: expected at least {_LENGTH_NBYTES} bytes, it has {file.size}")
-    nbytes = int.from_bytes(stream.read(_LENGTH_NBYTES), "little")
     if nbytes > _MAX_HEADER_NBYTES:
         _refuse(file, f"the header claims {nbytes} bytes, the format allows {_MAX_HEADER_NBYTES}: no safetensors file")
     if _LENGTH_NBYTES + nbytes > file.size:
         expected = _LENGTH_NBYTES + nbytes
         _refuse(file, f"the file is truncated within its header: expected {expected} bytes or more, it has {file.size}")
     return stream.read(nbytes)
+
+
+def _explain(start: bytes, stream: BinaryIO, file: CheckpointFile) -> None:
+    """Raise CheckpointError that says what the file is, if that can be told, where no header begins."""
+    if start.isascii() or kind_of(start, file.size) is not None:
+        kind = kind_of(start + stream.read(_EXPLAINING_NBYTES), file.size)
+        if kind is not None:
+            raise kind.error(file, "a safetensors file")
 
 
 def _parse(header: bytes, data_start: int, file: CheckpointFile) -> Iterator[WeightInfo]:

@@ -11,6 +11,7 @@ import torch
 
 from odewei.errors import CheckpointError, WeightReadError
 from odewei.loaders.base import WeightInfo, WeightsLoader
+from odewei.loaders.known_weights import KnownWeights, named
 from odewei.loaders.names import Rename
 from odewei.loaders.tensors import check_plain, contiguous_stride
 
@@ -21,7 +22,8 @@ class StateDictLoader(WeightsLoader):
     """The tensors of a mapping such as ``model.state_dict()``. No weight has a span.
 
     Strides are kept where the tensor's elements lie densely, in whatever order; other tensors (slices, expanded ones)
-    are handed out contiguous. Raises CheckpointError for what is not a plain tensor in host memory.
+    are handed out contiguous. What is not a plain tensor in host memory is a CheckpointError for who asks for it, and
+    at once where nothing else is there.
     """
 
     def __init__(
@@ -34,8 +36,28 @@ class StateDictLoader(WeightsLoader):
         prefix: str = "",
     ) -> None:
         super().__init__(device=device, dtype=dtype, rename=rename, prefix=prefix)
-        self._tensors = {name: _checked(name, value) for name, value in mapping.items()}
-        self._infos = self._names.apply({name: _info(name, tensor) for name, tensor in self._tensors.items()})
+        self._tensors: dict[str, torch.Tensor] = {}
+        refused: dict[str, CheckpointError] = {}
+        for name, value in mapping.items():
+            try:
+                self._tensors[name] = _checked(name, value)
+            except CheckpointError as error:
+                if not isinstance(name, str):
+                    raise
+                refused[name] = error
+        if refused and not self._tensors:
+            raise next(iter(refused.values()))
+        found = KnownWeights({name: _info(name, tensor) for name, tensor in self._tensors.items()}, refused)
+        self._infos = named(found, self._names, None)
+        values = {name: value for name, value in mapping.items() if not isinstance(value, torch.Tensor)}
+        self._values = self._names.values(values)
+        self._metadata = self._names.metadata(getattr(mapping, "_metadata", {}))
+
+    def values(self) -> Mapping[str, object]:
+        return self._values
+
+    def metadata(self) -> Mapping[str, Mapping[str, object]]:
+        return self._metadata
 
     def weights(self) -> Mapping[str, WeightInfo]:
         return self._infos

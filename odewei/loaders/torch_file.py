@@ -1,45 +1,46 @@
-"""One file of ``torch.save`` (.pt, .pth, .bin): where in it the bytes of each tensor are.
+"""One file of ``torch.save`` (.pt, .pth, .bin, .ckpt): where in it the bytes of each tensor are.
 
-Since torch 1.6 such a file is a zip archive: a pickle, and one uncompressed entry per storage. The pickle is read by
-torch with ``weights_only=True``, always, after ``scan_pickle`` has found that it takes little memory, and onto the meta
-device, which makes tensors without any; torch leaves the offset of each storage on it as ``_checkpoint_offset``
-(torch/serialization.py). What that says is believed only where the directory of the archive says the same. A torch
-that does not leave offsets is used through ``mmap=True``.
+The pickle is read by ``PickleReader``, which calls nothing; ``torch.load`` is not used. What the pickle says of a
+tensor is believed only as far as its storage reaches in the file.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-import pickle
-import re
-import struct
-import sys
-import zipfile
-from collections.abc import Mapping
-from typing import BinaryIO, NoReturn
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import torch
 
-from odewei.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError, WeightReadError
+from odewei.errors import CheckpointError, CorruptCheckpointError
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo
-from odewei.loaders.file_loader import FileLoader, open_again, open_header, read_span
+from odewei.loaders.file_loader import FileLoader, open_header, read_span
+from odewei.loaders.known_weights import KnownWeights
 from odewei.loaders.names import Rename
-from odewei.loaders.pickle_scan import scan_pickle
-from odewei.loaders.remote_path import RemoteOptions, RemotePath
+from odewei.loaders.pickle_values import Global, Named, TensorRecord, Unreadable
+from odewei.loaders.plain_values import plain_metadata, plain_value
+from odewei.loaders.remote_path import RemoteOptions
 from odewei.loaders.sums import Verify
-from odewei.loaders.tensors import check_plain, contiguous_stride
-from odewei.loaders.zip_members import data_offset, read_stored
+from odewei.loaders.tensors import contiguous_stride, view_as_weight
+from odewei.loaders.told import tell_once
+from odewei.loaders.torch_archive import TorchContents, read_torch_file
 
-__all__ = ["TorchLoader"]
+__all__ = ["TorchLoader", "weight_of_record"]
 
-_RESAVE = "Load it where you trust it and save it again with torch.save, or convert it to safetensors"
+_RESAVE = "Load it where you trust it and save only its weights: torch.save(model.state_dict(), path)"
 _DOWNLOAD = "Download the file again; if it is whole, save it again with torch.save"
+_MAX_DEPTH = 4
+_Values = Mapping[object, object]
 
 
 class TorchLoader(FileLoader):
     """The weights of one ``torch.save`` file: a mapping of names to tensors, at the top or under ``key``.
 
-    Files that ask for more than tensors are refused (UnsafeCheckpointError); so are files of torch before 1.6.
+    Without a ``key`` the weights may also lie deeper, as training checkpoints have them: where only one mapping in the
+    file has tensors by their names, it is taken; of several each weight has the mapping's key before its name
+    ("params_ema.conv.weight"). What is no tensor is an error only for who asks for it. Files that ask to call anything
+    but what makes plain values are refused (UnsafeCheckpointError); nothing in them is ever called.
     """
 
     def __init__(
@@ -66,192 +67,143 @@ class TorchLoader(FileLoader):
             verify=verify,
         )
         self.key = key
-        self._mapped: dict[str, torch.Tensor] = {}
-        self._source: CheckpointFile | None = None
+        self._values: dict[str, object] = {}
+        self._metadata: object = None
 
-    def _read_headers(self) -> dict[str, WeightInfo]:
-        self._source = file = self._file(self.path)
+    def _read_headers(self) -> Mapping[str, WeightInfo]:
+        file = self._file(self.path)
         with open_header(file) as stream:
-            entries = _entries(stream, file)
-            stream.seek(0)
-            tensors = self._pick(_load(stream, file), file)
-            if all(_offset(tensor) is not None for tensor in tensors.values()):
-                return {name: _located(name, tensor, entries, file) for name, tensor in tensors.items()}
-        if isinstance(self.path, RemotePath):
-            _refuse(file, "the installed torch does not say where in the file the tensors are", "Download the file")
-        self._mapped = self._map(file)
-        return {name: _info(name, tensor, None) for name, tensor in self._mapped.items()}
+            contents = read_torch_file(stream, file)
+        values, where, metadata = _choose(contents.value, self.key, file)
+        self._metadata = metadata
+        if where:
+            tell_once(f"the weights of {str(file.path)!r} are those under {' and '.join(map(repr, where))}")
+        infos: dict[str, WeightInfo] = {}
+        refused: dict[str, CheckpointError] = {}
+        for name, value in values.items():
+            try:
+                infos[name] = weight_of_record(name, value, contents, file)
+            except CorruptCheckpointError:
+                raise  # a span that leads out of its storage makes all of the file suspect
+            except CheckpointError as error:
+                refused[name] = error
+        if refused and not infos:
+            raise next(iter(refused.values()))
+        self._values = dict(_plain(values, contents, file))
+        return KnownWeights(infos, refused)
 
-    def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
-        if info.span is not None:
-            read_span(info, buffer)
-            return
+    def values(self) -> Mapping[str, object]:
         self.weights()
-        assert self._source is not None
-        mapped = self._mapped or self._map_again(self._source)
-        _copy_mapped(info, mapped[info.name], self._source, buffer)
+        return copy.deepcopy(self._names.values(self._values))  # each model's own
 
-    def close(self) -> None:
-        self._mapped = {}
+    def metadata(self) -> Mapping[str, Mapping[str, object]]:
+        self.weights()
+        return self._names.metadata(self._metadata)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_mapped": {}}
 
-    def _map(self, file: CheckpointFile) -> dict[str, torch.Tensor]:
-        """The tensors over the mapped file. Pages of it are read when they are touched."""
-        with open_header(file):
-            return self._pick(_load(file.path, file), file)
+def _plain(values: Mapping[str, object], contents: TorchContents, file: CheckpointFile) -> Iterator[tuple[str, object]]:
+    """What is no tensor, as far as it is plain values; tensors are read where they are parts of a module's state."""
+    for name, value in values.items():
+        if isinstance(value, TensorRecord | Unreadable):
+            continue
 
-    def _map_again(self, file: CheckpointFile) -> dict[str, torch.Tensor]:
+        def read(record: TensorRecord, name: str = name) -> torch.Tensor:
+            info = weight_of_record(name, record, contents, file)
+            raw = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
+            read_span(info, raw.numpy().data)
+            return view_as_weight(raw, info)
+
         try:
-            mapped = self._mapped = self._map(file)
-        except CheckpointError as error:
-            raise WeightReadError(error.problem, file=error.file, cure=error.cure) from error
-        return mapped
+            yield name, plain_value(value, read if name.rpartition(".")[2] == "_extra_state" else None)
+        except ValueError:
+            continue  # nobody can be given it; it stays among the refused
 
-    def _pick(self, found: object, file: CheckpointFile) -> dict[str, torch.Tensor]:
-        """The flat mapping of names to tensors in what was unpickled."""
-        if not isinstance(found, Mapping):
-            _refuse(file, f"the file holds a {type(found).__qualname__}, not a mapping of names to tensors", _RESAVE)
-        weights = found
-        nested = [str(key) for key, value in found.items() if isinstance(value, Mapping)]
-        if self.key is not None:
-            if not isinstance(found.get(self.key), Mapping):
-                keys = ", ".join(map(repr, nested)) or "none"
-                _refuse(file, f"the file has no mapping under the key {self.key!r}", f"Keys with mappings: {keys}")
-            weights, nested = found[self.key], []
-        cure = None
-        if nested:
-            keys = " or ".join(f"key={name!r}" for name in nested[:10])
-            cure = f"Name the mapping that holds the weights: TorchLoader(path, {keys})"
-        tensors = {}
-        for name, value in weights.items():
-            tensor = tensors[str(name)] = check_plain(value, weight=str(name), file=str(file.path), cure=cure)
-            if not isinstance(name, str):
-                _refuse(file, f"the key {name!r} is a {type(name).__qualname__}, not the name of a weight", _RESAVE)
-            if tensor.is_conj() or tensor.is_neg():
-                raise CheckpointError(
-                    "the tensor was saved as a lazy conjugate or negative: its bytes are not its values",
-                    weight=name,
-                    file=str(file.path),
-                    cure="Save .resolve_conj().resolve_neg() of it",
-                )
-        return tensors
+
+def _choose(value: object, key: str | None, file: CheckpointFile) -> tuple[dict[str, object], list[str], object]:
+    """The values by the names of weights, the keys that led to them, and the versions that are kept with them."""
+    if not isinstance(value, Mapping):
+        kind = value.name[:200] if isinstance(value, Named | Global) else type(value).__name__
+        problem = f"the file holds a {_kind(value)}, not a mapping of names to tensors"
+        _refuse(file, f"{problem} ({kind})" if isinstance(value, Named) else problem, _RESAVE)
+    if key is not None:
+        inner = value.get(key)
+        if not isinstance(inner, Mapping):
+            there = ", ".join(repr(name) for name, one in _texts(value) if isinstance(one, Mapping)) or "none"
+            _refuse(file, f"the file has no mapping under the key {key!r}", f"Keys with mappings: {there}")
+        return dict(_texts(inner)), [], plain_metadata(inner)
+    found = [(".".join(path), inner) for path, inner in _mappings(value, (), _MAX_DEPTH)]
+    if not found or not found[0][0]:
+        return dict(_texts(value)), [], plain_metadata(value)
+    keys = [path for path, _ in found]
+    if len(found) == 1:
+        return dict(_texts(found[0][1])), keys, plain_metadata(found[0][1])
+    names = {f"{path}.{name}": one for path, inner in found for name, one in _texts(inner)}
+    versions: dict[str, object] = {}
+    for path, inner in found:
+        metadata = plain_metadata(inner)
+        if isinstance(metadata, Mapping):
+            versions |= {f"{path}.{module}".removesuffix("."): one for module, one in metadata.items()}
+    return names, keys, versions
+
+
+def _mappings(value: _Values, where: tuple[str, ...], depth: int) -> Iterator[tuple[tuple[str, ...], _Values]]:
+    """The outermost mappings with tensors by their names, and the keys that lead there."""
+    if any(isinstance(one, TensorRecord | Unreadable) for _, one in _texts(value)):
+        yield where, value
+    elif depth:
+        for name, one in _texts(value):
+            if isinstance(one, Mapping):
+                yield from _mappings(one, (*where, name), depth - 1)
+
+
+def _texts(value: _Values) -> Iterator[tuple[str, object]]:
+    """The items whose keys could be names."""
+    return ((key, one) for key, one in value.items() if isinstance(key, str))
+
+
+def _kind(value: object) -> str:
+    """What Python calls a value of a pickle."""
+    if isinstance(value, TensorRecord | Unreadable):
+        return "Tensor"
+    if isinstance(value, Named | Global):
+        return value.name.rpartition(".")[2][:100]
+    return type(value).__qualname__
 
 
 def _refuse(file: CheckpointFile, problem: str, cure: str) -> NoReturn:
     raise CheckpointError(problem, file=str(file.path), cure=cure)
 
 
-def _entries(stream: BinaryIO, file: CheckpointFile) -> dict[int, int]:
-    """Where the archive's storages begin in the file, with their lengths in bytes.
+def weight_of_record(
+    name: str, value: object, contents: TorchContents, file: CheckpointFile, shift: int = 0
+) -> WeightInfo:
+    """The weight with its span in ``file``, where the contents begin ``shift`` bytes behind its start.
 
-    Raises CheckpointError for what is no archive of tensors in this machine's byte order, CorruptCheckpointError for
-    one that contradicts itself.
+    Raises CheckpointError for what bytes do not describe, CorruptCheckpointError for bytes outside of the storage.
     """
-    if stream.read(4) != b"PK\x03\x04":
-        _refuse(file, "this is no zip archive: written by torch before 1.6, or no file of torch.save", _RESAVE)
-    try:
-        with zipfile.ZipFile(stream) as archive:
-            members = archive.infolist()
-            # torch looks names up without regard to case, and as the directory spells them: a BYTEORDER would count.
-            names = [member.orig_filename.partition("/")[2].lower() for member in members]
-            if len(set(names)) != len(names):
-                raise zipfile.BadZipFile("two entries have the same name")
-            if "constants.pkl" in names:
-                _refuse(file, "this is a TorchScript program, not a file of weights", "Save its state_dict() instead")
-            places = [_place(member, stream, file) for member in members]
-
-            def read(name: str) -> bytes:
-                at = names.index(name)
-                return read_stored(members[at], stream, places[at][0])
-
-            # Not only wrong numbers: torch crashes when it swaps the bytes of a storage that has none.
-            order = read("byteorder").decode() if "byteorder" in names else "little"
-            if order != sys.byteorder:
-                _refuse(file, f"the tensors are stored in {order!r} byte order, this machine differs", _RESAVE)
-            if "data.pkl" not in names:
-                raise zipfile.BadZipFile("there is no data.pkl in it")
-            scan_pickle(read("data.pkl"), len(places), file=str(file.path))
-            return dict(places)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
-        raise CorruptCheckpointError(
-            f"the archive contradicts itself or is truncated (it has {file.size} bytes): {error}",
+    if isinstance(value, Unreadable):
+        raise CheckpointError(value.problem, weight=name, file=str(file.path), cure=value.cure)
+    if not isinstance(value, TensorRecord):
+        raise CheckpointError(
+            f"a tensor was expected, this is a {_kind(value)}",
+            weight=name,
             file=str(file.path),
-            cure=_DOWNLOAD,
-        ) from error
-
-
-def _place(member: zipfile.ZipInfo, stream: BinaryIO, file: CheckpointFile) -> tuple[int, int]:
-    """First byte and length of a member's data."""
-    if (
-        member.compress_type != zipfile.ZIP_STORED
-        or member.compress_size != member.file_size
-        or member.flag_bits & 0x61
-    ):
-        raise zipfile.BadZipFile(f"entry {member.filename!r} is compressed or encrypted, torch.save does neither")
-    return data_offset(member, stream, file.size), member.file_size
-
-
-def _load(source: BinaryIO | os.PathLike[str], file: CheckpointFile) -> object:
-    """Unpickle safely: an open file onto the meta device, a path over its mapped bytes."""
-    mapped = isinstance(source, os.PathLike)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            place = "cpu" if mapped else "meta"
-            loaded: object = torch.load(source, map_location=place, weights_only=True, mmap=mapped or None)
-            return loaded
-    except CheckpointError:
-        raise  # the source is a remote file, and could not be read
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        raise UnsafeCheckpointError(
-            f"the pickle in the file asks for {asked[1] if asked else 'more than tensors'}; it was not run",
-            file=str(file.path),
-            cure="Use a safetensors checkpoint, or save only tensors: torch.save(model.state_dict(), path)",
-        ) from error
-    except Exception as error:  # a mutilated pickle makes torch raise nearly anything
-        reason = str(error).partition("\n")[0][:200]
+            cure="Leave it out, or make it a tensor (torch.from_numpy, torch.tensor)",
+        )
+    if value.problem is not None:
+        cure = "Save .resolve_conj().resolve_neg() of it"
+        raise CheckpointError(value.problem, weight=name, file=str(file.path), cure=cure)
+    stride = None if value.stride == contiguous_stride(value.shape) else value.stride
+    nbytes = WeightInfo(name, value.dtype, value.shape, None, stride).nbytes
+    storage = value.storage
+    skipped = storage.first * storage.dtype.itemsize
+    first = value.offset * value.dtype.itemsize
+    begin, length = contents.places.get(storage.key, (0, -1))
+    if first + nbytes > storage.count * storage.dtype.itemsize or skipped + first + nbytes > length:
         raise CorruptCheckpointError(
-            f"torch cannot read the file's pickle ({type(error).__name__}: {reason})",
-            file=str(file.path),
-            cure=_DOWNLOAD,
-        ) from error
-
-
-def _info(name: str, tensor: torch.Tensor, span: Span | None) -> WeightInfo:
-    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-    return WeightInfo(name, tensor.dtype, shape, span, None if stride == contiguous_stride(shape) else stride)
-
-
-def _offset(tensor: torch.Tensor) -> int | None:
-    """Where torch says that the tensor's storage begins in the file, or None."""
-    offset: int | None = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    return offset
-
-
-def _located(name: str, tensor: torch.Tensor, entries: Mapping[int, int], file: CheckpointFile) -> WeightInfo:
-    """The weight with its span, if that lies within one entry of the archive."""
-    base = _offset(tensor)
-    assert base is not None
-    nbytes = _info(name, tensor, None).nbytes
-    first = int(tensor.storage_offset()) * tensor.dtype.itemsize
-    if base not in entries or first < 0 or first + nbytes > entries[base]:
-        raise CorruptCheckpointError(
-            f"the tensor's bytes ({nbytes} from {base + first} on) are not within an entry of the archive",
+            f"the tensor's bytes ({nbytes} from {first} on) are not within an entry of the archive ({length} bytes)",
             weight=name,
             file=str(file.path),
             cure=_DOWNLOAD,
         )
-    return _info(name, tensor, Span(file, base + first, nbytes))
-
-
-def _copy_mapped(info: WeightInfo, tensor: torch.Tensor, file: CheckpointFile, buffer: memoryview) -> None:
-    """Copy a mapped tensor's bytes. The file's size is looked at first: touching a page beyond its end kills."""
-    if buffer.nbytes != info.nbytes:
-        raise ValueError(f"{info.name} has {info.nbytes} bytes, the buffer {buffer.nbytes}")
-    with open_again(file, info.name):
-        count = info.nbytes // info.dtype.itemsize
-        if count:
-            target = torch.frombuffer(buffer, dtype=torch.uint8)
-            target.copy_(tensor.detach().as_strided((count,), (1,)).view(torch.uint8))
+    return WeightInfo(name, value.dtype, value.shape, Span(file, shift + begin + skipped + first, nbytes), stride)

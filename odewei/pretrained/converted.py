@@ -18,6 +18,7 @@ from torch import nn
 from odewei.errors import WeightMismatchError
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.gathering import GatheringLoader
+from odewei.loaders.known_weights import KnownWeights
 from odewei.loaders.tensors import check_plain, read_tensor
 from odewei.pretrained.naming import Group
 from odewei.pretrained.tracing import convert, traced
@@ -51,12 +52,19 @@ class ConvertedLoader(WeightsLoader):
         return self._loader.place
 
     @property
+    def is_as_loaded(self) -> bool:
+        return True  # transformers and diffusers set parameters one by one
+
+    @property
     def computed(self) -> tuple[str, ...]:
         """The names of the weights that are computed, not only read."""
         return tuple(self._computed)
 
     def weights(self) -> Mapping[str, WeightInfo]:
-        return self._infos
+        known = self._loader.weights()
+        refused = known.refused if isinstance(known, KnownWeights) else {}
+        lacking = {name: error for name, error in refused.items() if name not in self._infos}
+        return KnownWeights(self._infos, lacking) if lacking else self._infos
 
     def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
         group = self._computed.get(info.name)

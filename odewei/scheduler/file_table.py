@@ -18,14 +18,16 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from odewei.errors import WeightReadError
 from odewei.loaders.base import CheckpointFile
+from odewei.loaders.file_identity import has_unsteady_inode
 from odewei.loaders.remote_file import RemoteFile
+from odewei.loaders.told import tell_once
 from odewei.scheduler.forks import watch
 from odewei.scheduler.host_memory import Bytes
 
@@ -36,6 +38,8 @@ _RETRIES = 2
 _PASSING = (errno.EIO, errno.EINTR)  # errors that a second try may not meet
 
 _TOO_MANY = "Too many files are open: close some, or raise the limit (ulimit -n); the next use tries again"
+_NOT_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EFAULT, errno.EPERM, errno.ENOSYS)
+"""What a system says that does not read directly: at once, or of an address, a length or an offset."""
 _CURES = {
     errno.ENOENT: "Put the original file back, or build the model again from the new one",
     errno.EMFILE: _TOO_MANY,
@@ -52,7 +56,7 @@ def open_direct(path: str, flags: int) -> int:
     try:
         return os.open(path, flags | getattr(os, "O_DIRECT", 0))
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in _NOT_DIRECT:
             raise
         return os.open(path, flags)
 
@@ -110,9 +114,9 @@ class OpenFile:
 
 
 def _inode_of(fd: int) -> tuple[int, int]:
-    """Device and number of an open file. Raises OSError."""
+    """Device and number of an open file; 0 where the number moves by itself. Raises OSError."""
     found = os.fstat(fd)
-    return found.st_dev, found.st_ino
+    return found.st_dev, 0 if has_unsteady_inode(lambda: os.fstat(fd)) else found.st_ino
 
 
 class FileTable:
@@ -125,6 +129,7 @@ class FileTable:
         self._scratch_bytes = scratch_bytes
         self._open: dict[CheckpointFile, OpenFile] = {}
         self._buffered: dict[CheckpointFile, OpenFile] = {}  # those that refused a direct read
+        self._held: set[CheckpointFile] = set()
         self._lock = threading.Lock()
         self._local = threading.local()
         watch(self)
@@ -143,6 +148,23 @@ class FileTable:
         return found or self._keep(
             self._open, file, (open_direct if self._is_direct else os.open)(str(file.path), _FLAGS)
         )
+
+    def hold(self, files: Iterable[CheckpointFile]) -> None:
+        """Go on reading these files as they are, whatever comes to be at their paths: they are opened now, and stay so
+        until ``close``, after which they are looked for at their paths again.
+
+        For who is about to write where the model streams from: a file that is replaced or removed lives on for whom has
+        it open. One that is written into is lost all the same, and noticed. Raises WeightReadError for one that cannot
+        be opened, or is not what it was.
+        """
+        for file in files:
+            if not isinstance(file, RemoteFile):
+                self.use(file, lambda opened, file=file: file.check_unchanged(opened.fd))  # type: ignore[misc]
+                self._held.add(file)
+
+    def check(self, file: CheckpointFile, opened: OpenFile) -> None:
+        """Raise WeightReadError if an open file is not what it was, or, unless it is held, is not at its path."""
+        file.check_unchanged(opened.fd, at_path=file not in self._held)
 
     def give_up(self, file: CheckpointFile, opened: OpenFile) -> None:
         """Something is wrong with an open file: the next use opens what is there then, unless another thread has."""
@@ -168,7 +190,7 @@ class FileTable:
                 work(opened)
                 if opened.is_taken:
                     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-                if file.last_change(opened.fd) == since:
+                if not file.was_touched(opened.fd, since):
                     return
                 if is_last:
                     raise file.touched()
@@ -213,6 +235,7 @@ class FileTable:
         """
         with self._lock:
             found = self._open.copy(), self._buffered.copy()
+            self._held.clear()
             self._open.clear()
             self._buffered.clear()
         del found
@@ -226,29 +249,37 @@ class FileTable:
             try:
                 count = os.preadv(opened.fd, buffers, offset + found)
             except OSError as error:
-                if error.errno == errno.EINVAL and self._is_direct and file not in self._buffered:
-                    file.check_unchanged(opened.fd)  # of what was found so far
-                    opened = self._fall_back(file)  # refused here, or a short read has left an odd offset
+                if error.errno in _NOT_DIRECT and self._is_direct and file not in self._buffered:
+                    # refused here, or a short read has left an odd offset
+                    opened = self._fall_back(file, opened, os.strerror(error.errno))
                 elif error.errno in _PASSING and failures < _RETRIES:
                     failures += 1
                 else:
                     raise
                 continue
             if count == 0:
+                if self._is_direct and file not in self._buffered and offset + found < file.size:
+                    opened = self._fall_back(file, opened, "no bytes came")  # where there should be some
+                    continue
                 break
             found += count
             while buffers and count >= len(buffers[0]):
                 count -= len(buffers.pop(0))
             if count:
                 buffers[0] = buffers[0][count:]
-        file.check_unchanged(opened.fd)
+        self.check(file, opened)
         return found
 
-    def _fall_back(self, file: CheckpointFile) -> OpenFile:
-        """Read this file through the page cache from now on; a direct descriptor stays open for those reading from
-        it.
+    def _fall_back(self, file: CheckpointFile, opened: OpenFile, why: str) -> OpenFile:
+        """Read this file through the page cache from now on; a direct descriptor stays open for those reading from it.
+
+        What was read from that is looked at first.
         """
-        return self._keep(self._buffered, file, os.open(file.path, _FLAGS))
+        self.check(file, opened)
+        folder = os.path.dirname(file.path)
+        tell_once(f"the file system of {folder!r} does not read directly ({why}): its page cache is used")
+        path = f"/proc/self/fd/{opened.fd}" if file in self._held else file.path  # another one may be at its path
+        return self._keep(self._buffered, file, os.open(path, _FLAGS))
 
     def _keep(self, table: dict[CheckpointFile, OpenFile], file: CheckpointFile, fd: int) -> OpenFile:
         """What the table has for the file from now on: another thread may have been first."""

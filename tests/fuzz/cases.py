@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 from .binaries import gguf_case, npy_case, npz_case, torch_case
 from .case import Case
+from .pickles import pickle_case
 from .texts import index_case, safetensors_case, sums_case
 
 __all__ = ["KINDS", "make_case"]
@@ -16,9 +17,17 @@ _MAKERS = {
     "npy": npy_case,
     "npz": npz_case,
     "torch": torch_case,
+    "pickle": pickle_case,
     "gguf": gguf_case,
 }
-_OFTEN = ("safetensors",) * 5 + ("index",) * 3 + ("torch",) * 2 + ("npz",) * 2 + ("npy", "gguf", "gguf", "sums")
+_OFTEN = (
+    ("safetensors",) * 5
+    + ("index",) * 3
+    + ("torch",) * 2
+    + ("pickle",) * 2
+    + ("npz",) * 2
+    + ("npy", "gguf", "gguf", "sums")
+)
 KINDS = tuple(kind for kind in _MAKERS if kind != "gguf" or find_spec("gguf") is not None)
 
 

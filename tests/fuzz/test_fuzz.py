@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from odewei.loaders import checkpoint_index, numpy_file, safetensors_file, torch_file
+from odewei.loaders import checkpoint_index, numpy_file, safetensors_file, torch_archive
 
 from . import child
 from .cases import _MAKERS, KINDS, make_case
@@ -68,7 +68,7 @@ TAKEN_OUT: dict[str, tuple[str, object, str, Callable[..., object]]] = {
     "sizes and offsets": ("safetensors", safetensors_file, "_nbytes", lambda dtype, item, shape: 0),
     "metadata": ("safetensors", safetensors_file, "_skip_metadata", lambda text, file: text.value(1 << 20)),
     "entries of archives": ("npz", numpy_file, "check_disjoint", lambda members: 1 / 0),
-    "places in archives": ("torch", torch_file, "_located", lambda *arguments: 1 / 0),
+    "places in archives": ("torch", torch_archive, "data_offset", lambda *arguments: 1 / 0),
 }
 
 
@@ -87,16 +87,21 @@ def test_the_judge_notices_what_is_taken_out(what: str, tmp_path: Path, monkeypa
 
 
 def test_memory_is_noticed() -> None:
-    """Without the look at pickles beforehand, some of them make as much memory as they say, and that is a failure."""
+    """Without the count of what a pickle makes, a small one takes all the memory there is, and that is a failure."""
     program = (
-        "from odewei.loaders import torch_file; from tests.fuzz.child import run_stretch;"
-        "torch_file.scan_pickle = lambda *arguments, **options: None;"
-        "print(run_stretch(1, 0, 400, 'torch', bytearray(8)).failures)"
+        "import tempfile; from pathlib import Path; from odewei.loaders import torch_archive;"
+        "from tests.fuzz import child, judge; from tests.fuzz.case import Case;"
+        "from tests.fuzz.pickles import archive_of;"
+        "case = Case('pickle', 'w.pt', {'w.pt': archive_of(b'}' * 1_000_000 + b'.')});"
+        "folder = Path(tempfile.mkdtemp()); judge.watch_the_process(); child.limit_memory(child.SPARE_NBYTES);"
+        "print(judge.judge(case, folder / 'case')); torch_archive._FREE_NBYTES = 1 << 40\n"
+        "try: judge.judge(case, folder / 'case')\n"
+        "except (judge.Misbehaved, MemoryError) as error: print('memory ran out', error)"
     )
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
-    assert "memory ran out" in ended.stdout
+    assert ended.stdout.startswith("CorruptCheckpointError\nmemory ran out")
 
 
 def test_a_failing_case_is_made_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,11 +100,27 @@ def test_links_in_the_folder_are_followed(tmp_path: Path) -> None:
     assert_same(loader("module", ["a"])["a"], torch.ones(2))
 
 
-def test_weights_that_the_index_does_not_map_are_left_out(tmp_path: Path) -> None:
-    """A shard may hold more than the index says; that more is not part of the checkpoint."""
-    save_shard({"a": torch.ones(2), "extra": torch.ones(2)}, tmp_path / "x.safetensors")
-    loader = ShardedWeightsLoader(write_index(tmp_path, {"a": "x.safetensors"}), tmp_path)
-    assert loader.weights().keys() == {"a"}
+def test_weights_that_the_index_does_not_map_are_there_too(tmp_path: Path) -> None:
+    """A shard may hold more than the index says; where two shards have it, it is an error for who asks."""
+    save_shard({"a": torch.ones(2), "extra": torch.ones(2), "twice": torch.ones(1)}, tmp_path / "x.safetensors")
+    save_shard({"b": torch.ones(2), "twice": torch.zeros(1)}, tmp_path / "y.safetensors")
+    loader = ShardedWeightsLoader(write_index(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"}), tmp_path)
+    assert list(loader.weights()) == ["a", "b", "extra"]
+    assert_same(loader("module", ["extra"])["extra"], torch.ones(2))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors, y\.safetensors.*index names none.*'twice'"):
+        loader.locate(["twice"])
+    path = write_index(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"})
+    assert ShardedWeightsLoader(path, tmp_path, rename={"twice": None}).locate(["twice"]) == {}
+
+
+def test_a_weight_in_another_shard_than_the_index_says_is_found(tmp_path: Path) -> None:
+    """The only shard that has it is the right one."""
+    save_shard({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
+    save_shard({"b": torch.ones(2)}, tmp_path / "y.safetensors")
+    loader = ShardedWeightsLoader(
+        write_index(tmp_path, {"a": "x.safetensors", "b": "x.safetensors", "c": "y.safetensors"}), tmp_path
+    )
+    assert_same(loader("module", ["b"])["b"], torch.ones(2))
 
 
 def test_of_two_copies_the_index_chooses(tmp_path: Path) -> None:
@@ -117,11 +133,12 @@ def test_of_two_copies_the_index_chooses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_a_promise_that_a_shard_does_not_keep_is_an_error(suffix: str, tmp_path: Path) -> None:
-    """The error names the weight, the shard and the cure."""
+    """It names the weight, the shard and the cure, and is raised where the weight is asked for."""
     save_shard({"a": torch.ones(2)}, tmp_path / f"x{suffix}")
     loader = ShardedWeightsLoader(write_index(tmp_path, {"a": f"x{suffix}", "b": f"x{suffix}"}), tmp_path)
+    assert list(loader.weights()) == ["a"]
     with pytest.raises(MissingWeightError, match="promises") as caught:
-        loader.weights()
+        loader.locate(["b"])
     assert (caught.value.weight, caught.value.file) == ("b", str(tmp_path / f"x{suffix}"))
     assert caught.value.cure
 

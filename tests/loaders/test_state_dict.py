@@ -35,9 +35,13 @@ class TestStateDictLoader(LoaderConformance):
     ids=["meta", "sparse", "list", "array"],
 )
 def test_what_has_no_bytes_in_host_memory_is_refused(value: Any, problem: str) -> None:
-    """The error names the weight and the cure."""
+    """Who asks for it gets an error that names the weight and the cure; what else there is can be read."""
+    loader = StateDictLoader({"fine": torch.ones(1), "w": value})
+    assert list(loader.weights()) == ["fine"]
     with pytest.raises(CheckpointError, match=problem) as caught:
-        StateDictLoader({"fine": torch.ones(1), "w": value})
+        loader("module", ["w"])
+    with pytest.raises(CheckpointError, match=problem):
+        StateDictLoader({"w": value})
     assert caught.value.weight == "w"
     assert caught.value.cure
 

@@ -1,5 +1,7 @@
-"""Files of torch.save: the suite, hostile pickles and archives (trap 33), and the way without offsets."""
+"""Files of torch.save: the suite, hostile pickles and archives (trap 33)."""
 
+import argparse
+import datetime
 import io
 import os
 import pickle
@@ -10,57 +12,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from odewei.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError, WeightReadError
-from odewei.loaders import TorchLoader, WeightInfo
+from odewei import verify
+from odewei.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from odewei.loaders import TorchLoader, WeightInfo, open_checkpoint
 from odewei.loaders.tensors import DTYPES
 from tests.files import save_without_checksums
 
 from .conformance import COMPLEX, LoaderConformance, assert_same, bits, random_tensor, read_bytes
+
+_ALL = DTYPES | COMPLEX
+_UNTYPED = ("U1", "U3", "U6", "F8_", "F4")  # saved in storages without a type, which the old format does not have
 
 
 class TestTorchLoader(LoaderConformance):
     """The suite over one file."""
 
     keeps_strides = keeps_gaps = True
-    dtypes = DTYPES | COMPLEX
+    dtypes = _ALL
 
     def make(self, tensors: dict[str, torch.Tensor], folder: Path, **options: Any) -> TorchLoader:
         torch.save(tensors, folder / "model.pt")
         return TorchLoader(folder / "model.pt", **options)
 
 
-class TestTorchLoaderWithoutOffsets(TestTorchLoader):
-    """The suite where torch leaves no offsets: through the mapped file, without spans."""
+class TestLegacyTorchLoader(TestTorchLoader):
+    """The suite over a file as torch wrote them before 1.6."""
 
-    has_spans = False
+    dtypes = {name: dtype for name, dtype in _ALL.items() if not name.startswith(_UNTYPED)}  # noqa: RUF012, as its parent's
 
-    @pytest.fixture(autouse=True)
-    def without_offsets(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        load = torch.load
-
-        def forgetful(source: Any, **options: Any) -> Any:
-            return load(source, **{**options, "map_location": "cpu"})
-
-        monkeypatch.setattr(torch, "load", forgetful)
-
-    def test_a_truncated_file_is_noticed(self, tmp_path: Path) -> None:
-        """A mapped file that was cut is an error and not a killed process."""
-        loader = self.make({"w": torch.ones(100_000)}, tmp_path)
-        info = loader.weights()["w"]
-        os.truncate(loader.path, 100)
-        with pytest.raises(WeightReadError, match=r"100 now.*'w'"):
-            read_bytes(loader, info)
-        loader.close()
-        with pytest.raises(WeightReadError, match="100 now"):
-            read_bytes(loader, info)
-        loader.path.unlink()
-        with pytest.raises(WeightReadError, match=r"does not exist|no longer be opened|No such file"):
-            read_bytes(loader, info)
+    def make(self, tensors: dict[str, torch.Tensor], folder: Path, **options: Any) -> TorchLoader:
+        torch.save(tensors, folder / "model.pt", _use_new_zipfile_serialization=False)
+        return TorchLoader(folder / "model.pt", **options)
 
 
 def saved(value: object, folder: Path, name: str = "model.pt") -> Path:
@@ -90,10 +78,9 @@ def test_parameters_and_state_dicts_are_read(tmp_path: Path) -> None:
 
 
 def test_a_nested_mapping_is_chosen_by_key(tmp_path: Path) -> None:
-    """A training checkpoint is refused with the keys there are, and read when one of them is given."""
+    """Of a training checkpoint the only mapping with tensors is read; a key that is given is what counts."""
     path = saved({"epoch": 3, "model": {"w": torch.ones(2)}, "optimizer": {"lr": 1.0}}, tmp_path)
-    with pytest.raises(CheckpointError, match=r"int.*'epoch'.*key='model' or key='optimizer'"):
-        TorchLoader(path).weights()
+    assert_same(TorchLoader(path)("module", ["w"])["w"], torch.ones(2))
     with pytest.raises(CheckpointError, match=r"'state_dict'.*Keys with mappings: 'model', 'optimizer'"):
         TorchLoader(path, key="state_dict").weights()
     with pytest.raises(CheckpointError, match=r"float.*'lr'"):
@@ -114,16 +101,21 @@ def test_what_is_no_mapping_is_refused(value: object, tmp_path: Path) -> None:
         ({"w": torch.eye(2).to_sparse()}, "sparse.*'w'"),
         ({"w": torch.randn(2, dtype=torch.complex64).conj()}, "lazy conjugate.*'w'"),
         ({"w": torch._neg_view(torch.randn(2))}, "negative.*'w'"),
-        ({3: torch.ones(2)}, "key 3"),
         ({"w": [1, 2]}, "list.*'w'"),
     ],
-    ids=["sparse", "conjugate", "negative", "number as a name", "list"],
+    ids=["sparse", "conjugate", "negative", "list"],
 )
 def test_what_bytes_do_not_describe_is_refused(value: object, problem: str, tmp_path: Path) -> None:
-    """Values whose bytes are not what they are worth are refused by name."""
+    """Values whose bytes are not what they are worth are refused by name, where they are asked for."""
+    assert isinstance(value, dict)
     with pytest.raises(CheckpointError, match=problem) as caught:
         TorchLoader(saved(value, tmp_path)).weights()
     assert caught.value.file == str(tmp_path / "model.pt")
+    loader = TorchLoader(saved(value | {"other": torch.ones(2)}, tmp_path))
+    assert list(loader.weights()) == ["other"]
+    for ask in (lambda: loader.weights()["w"], lambda: loader.weights().get("w"), lambda: loader.locate(["w"])):
+        with pytest.raises(CheckpointError, match=problem):
+            ask()
 
 
 class _Evil:
@@ -144,6 +136,7 @@ def test_code_in_a_pickle_is_not_run(flag: str, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UnsafeCheckpointError, match=r"asks for posix\.mkdir.*safetensors") as caught:
         TorchLoader(path).weights()
     assert isinstance(caught.value.__cause__, pickle.UnpicklingError)
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), UnsafeCheckpointError)
     assert caught.value.file == str(path)
     assert "weights_only=False" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
@@ -151,13 +144,15 @@ def test_code_in_a_pickle_is_not_run(flag: str, tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "ran").exists()
 
 
-def test_legacy_files_are_refused_with_the_cure(tmp_path: Path) -> None:
-    """A file of torch before 1.6, or any other file, is refused before anything is unpickled."""
+def test_hostile_legacy_files_and_other_files_are_refused(tmp_path: Path) -> None:
+    """A file of torch before 1.6 that asks to call something, or any other file, is refused and nothing of it run."""
     torch.save({"w": _Evil(tmp_path / "ran")}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "empty.pt").touch()
     (tmp_path / "text.pt").write_text("PKzip? no")
-    for name in ("old.pt", "empty.pt", "text.pt"):
-        with pytest.raises(CheckpointError, match=r"no zip archive: written by torch before 1\.6.*torch\.save"):
+    with pytest.raises(UnsafeCheckpointError, match=r"asks for posix\.mkdir"):
+        TorchLoader(tmp_path / "old.pt").weights()
+    for name in ("empty.pt", "text.pt"):
+        with pytest.raises(CheckpointError, match=r"not? (a )?file of torch\.save"):
             TorchLoader(tmp_path / name).weights()
     assert not (tmp_path / "ran").exists()
 
@@ -195,15 +190,14 @@ def test_archives_without_checksums_are_read(tmp_path: Path) -> None:
         TorchLoader(str(path)).weights()
 
 
-def test_archives_written_anew_are_right_or_refused(tmp_path: Path) -> None:
-    """Offsets that torch derives from the usual layout are not believed for another one; offsets it looks up are."""
+def test_archives_written_anew_are_right(tmp_path: Path) -> None:
+    """The places of tensors are those of the archive's directory, whatever layout torch would write."""
     tensors = {f"w{i}": random_tensor(torch.float32, (i + 1,), i) for i in range(5)}
     path = saved(tensors, tmp_path)
-    with pytest.raises(CorruptCheckpointError, match="not within an entry"):
-        TorchLoader(rewritten(path, lambda _, content: content)).weights()
-    plain = rewritten(path, lambda name, content: None if name == ".format_version" else content)
-    for name, found in TorchLoader(plain)("module", list(tensors)).items():
-        assert_same(found, tensors[name])
+    for left_out in ("", ".format_version"):
+        plain = rewritten(path, lambda name, content, left_out=left_out: None if name == left_out else content)
+        for name, found in TorchLoader(plain)("module", list(tensors)).items():
+            assert_same(found, tensors[name])
 
 
 def test_a_storage_shorter_than_its_tensor_is_refused(tmp_path: Path) -> None:
@@ -303,3 +297,102 @@ def test_reading_leaves_the_mode_of_the_caller_alone(tmp_path: Path) -> None:
         loader = TorchLoader(path)
         assert read_bytes(loader, loader.weights()["w"]) == bits(torch.ones(3))
         assert torch.is_inference_mode_enabled()
+
+
+class _Configuration:
+    """Of a class that only the training program has."""
+
+    def __init__(self) -> None:
+        self.values = {"lr": 1.0, "scale": torch.ones(3)}
+
+
+def test_a_lightning_checkpoint_is_read(tmp_path: Path) -> None:
+    """Weights beside an optimizer, a scheduler, callbacks and hyper-parameters of unknown classes."""
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(2)).sum().backward()
+    optimizer.step()
+    value = {
+        "epoch": 3,
+        "state_dict": {f"model.{name}": tensor for name, tensor in layer.state_dict().items()},
+        "optimizer_states": [optimizer.state_dict()],
+        "optimizer": optimizer.state_dict(),
+        "hyper_parameters": argparse.Namespace(folder=tmp_path, mean=np.float64(0.5), made=datetime.date(2024, 1, 1)),
+        "configuration": _Configuration(),
+        "callbacks": {"best": np.arange(3), "keys": {(1, 2): 3}},
+    }
+    for options in ({}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}):
+        torch.save(value, tmp_path / "last.ckpt", **options)
+        loader = open_checkpoint(tmp_path / "last.ckpt", prefix="model.")
+        assert_same(loader("module", ["weight"])["weight"], layer.weight.detach())
+        assert loader.weights().keys() == {"weight", "bias"}
+
+
+def test_of_several_mappings_each_weight_has_the_key(tmp_path: Path) -> None:
+    """Where two mappings have tensors nothing is chosen: both are there, under their keys."""
+    value = {"params": {"w": torch.zeros(2)}, "params_ema": {"w": torch.ones(2), "note": "x"}, "iteration": 7}
+    loader = TorchLoader(saved(value, tmp_path))
+    assert list(loader.weights()) == ["params.w", "params_ema.w"]
+    assert_same(open_checkpoint(loader.path, prefix="params_ema.")("module", ["w"])["w"], torch.ones(2))
+    assert_same(TorchLoader(loader.path, key="params_ema")("module", ["w"])["w"], torch.ones(2))
+
+
+def test_what_is_no_tensor_is_an_error_for_who_needs_it(tmp_path: Path) -> None:
+    """Other entries do not keep the weights from being read, and can be left out by name."""
+    path = saved({"0.weight": torch.ones(2), "epoch": 3, "note": None, 5: torch.ones(1)}, tmp_path)
+    assert list(TorchLoader(path).weights()) == ["0.weight"]
+    assert list(TorchLoader(path, rename={"epoch": None}).weights()) == ["0.weight"]
+    known = TorchLoader(path).weights()
+    assert "epoch" in known
+    with pytest.raises(CheckpointError, match=r"this is a int.*'epoch'"):
+        known["epoch"]
+    with pytest.raises(KeyError):
+        known["nothing"]
+
+
+def test_a_whole_model_is_told_apart(tmp_path: Path) -> None:
+    """A module that was saved as an object is named, with what to do."""
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"holds a Linear.*torch\.nn\.modules\.linear\.Linear.*state_dict\(\)"):
+        TorchLoader(tmp_path / "model.pt").weights()
+
+
+def _patched_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *given, **options: load(*given, **{**options, "weights_only": False}))
+
+
+def _patched_unpickler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._weights_only_unpickler.Unpickler", pickle.Unpickler)
+    monkeypatch.setattr("torch.serialization.pickle", pickle)
+
+
+def _trusted_globals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._weights_only_unpickler._marked_safe_globals_set", {os.mkdir, "posix.mkdir"})
+
+
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+
+
+@pytest.mark.parametrize("by", [_patched_load, _patched_unpickler, _trusted_globals, _environment])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_is_never_run_whatever_is_done_to_torch(
+    by: Callable[[pytest.MonkeyPatch], None], legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither loading nor verifying runs code of a pickle, whatever torch and pickle were made to trust."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.ones(2), "evil": _Evil(tmp_path / "ran")}, path, _use_new_zipfile_serialization=not legacy)
+    by(monkeypatch)
+    with pytest.raises(UnsafeCheckpointError, match=r"asks for posix\.mkdir"):
+        open_checkpoint(tmp_path).weights()
+    assert "posix.mkdir" in verify(tmp_path).problems[0]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_torch_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right files are read with torch.load and the standard library's unpicklers taken away."""
+    path = saved({"w": torch.arange(3)}, tmp_path)
+    for name in ("torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "pickle._Unpickler"):
+        monkeypatch.setattr(name, None)
+    assert_same(TorchLoader(path)("module", ["w"])["w"], torch.arange(3))
