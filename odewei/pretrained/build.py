@@ -36,8 +36,8 @@ def load_pretrained(path: str | os.PathLike[str], asked: Asked) -> nn.Module:
     if isinstance(path, str | os.PathLike) and os.path.isfile(path):
         return _of_one_file(Path(path), asked)
     folder = _locate(path, asked)
-    place = placed(folder, os.fspath(path), asked)
-    return build_pretrained(place, asked)
+    was_found_inside = os.path.isdir(path) and folder != Path(path)
+    return build_pretrained(placed(folder, str(folder) if was_found_inside else os.fspath(path), asked), asked)
 
 
 def placed(folder: Path, name: str, asked: Asked) -> Place:

@@ -108,9 +108,12 @@ def check_scales(taken: Iterable[WeightInfo], left: Iterable[WeightInfo]) -> Non
 
     ``taken`` are the checkpoint's weights that the model uses, ``left`` those that it has no use for.
     """
-    packed = {info.name.rpartition(".")[0]: info for info in taken if info.dtype.itemsize == 1 and info.dtype != torch.bool}
+    packed: dict[str, WeightInfo] = {}
+    for info in taken:
+        if info.dtype.itemsize == 1 and info.dtype != torch.bool:
+            packed[info.name] = packed[info.name.rpartition(".")[0]] = info
     for info in left:
-        module, _, kind = info.name.rpartition(".")
+        module, _, kind = info.name.replace(":", ".").rpartition(".")
         if _SCALE.search(kind) and module in packed:
             weight = packed[module]
             raise CheckpointError(

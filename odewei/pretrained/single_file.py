@@ -94,7 +94,7 @@ class _SingleFileLoader(WeightsLoader):
                     self._computed.add(name)
                     self._infos[name] = WeightInfo(name, wanted, tuple(tensor.shape), None)
                 else:
-                    self._infos[name] = replace(one.info, wanted=wanted)
+                    self._infos[name] = one.info if wanted == one.info.dtype else replace(one.info, wanted=wanted)
 
     @property
     def place(self) -> Path | None:

@@ -92,7 +92,7 @@ class Watch(TorchFunctionMode):
         self._alive: list[torch.Tensor] = []  # so that no storage comes twice
         self._place = {leaf.untyped_storage()._cdata: place for place, leaf in enumerate(self.leaves)}
         self._known: dict[str, WeightInfo] = {}
-        self._made: dict[int, tuple[torch.Tensor, Recipe | None]] = {}  # tensors are kept, so that ids are theirs
+        self._made: dict[int, tuple[torch.Tensor, Recipe | str | None]] = {}  # tensors are kept, so that ids are theirs
 
     def __torch_function__(
         self,
@@ -109,7 +109,10 @@ class Watch(TorchFunctionMode):
             sources = [self._source(tensor) for tensor in tensors]
             kind = Stack if func in _STACKS else Concat
             whole = [source for source in sources if source is not None]
-            self._made[id(made)] = (made, kind(whole, dim) if len(whole) == len(sources) else None)
+            recipe: Recipe | str | None = kind(whole, dim) if len(whole) == len(sources) else None
+            if recipe is not None and kind is Concat and len(whole) == 1:
+                recipe = whole[0]  # a copy, by the habit of some conversions
+            self._made[id(made)] = (made, recipe)
         if self._made_of is not None:
             self._follow(func, made, (*args, kwargs))
         return made
