@@ -68,7 +68,7 @@ def _configuration(
         return copy.deepcopy(given), values
     if isinstance(given, Mapping):
         kind = given.get("model_type")
-        if own is None and (not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING):
+        if not isinstance(kind, str) or (own is None and kind not in transformers.CONFIG_MAPPING):
             raise OptionsError(
                 f"config= is a mapping whose model_type {kind!r} is unknown to transformers",
                 cure="Give all that a config.json holds, or give single values as keywords: num_labels=3, say",
@@ -213,4 +213,7 @@ def _of_auto_class(auto: Any, config: Any, folder: Path, stored: Mapping[str, ob
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].endswith(":"):
+        lines[0] += " " + "".join(lines[1:2]).strip()
+    return lines[0][:300]

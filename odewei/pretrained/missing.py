@@ -44,10 +44,10 @@ def initialise(
 
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in known or (name in tied and name not in missing):
+        if name in known or name in tied:
             tensor._is_hf_initialized = True
             _have_it_trainable(tensor)
-    made = [name for name in sorted(missing) if _is_without_values(model, name)]
+    made = [name for name in sorted(missing) if name not in tied and _is_without_values(model, name)]
     for name in made:
         empty = torch.empty_like(model.get_parameter_or_buffer(name), device="cpu")
         _load_parameter_into_model(model, name, empty)

@@ -63,8 +63,10 @@ def build_transformers(folder: Path, place: Place, stored: Mapping[str, object],
         known_to_transformers(lambda: _build(chosen, settings, arguments, dtype, quantiser))
     )
     transforms, loader = _converted(model, weights.loader, quantiser, dtype, device, asked)
-    _settle_missing(model, loader, weights.loader, quantiser, folder, asked)
+    others = _leave_out_mismatched(model, loader, asked) if quantiser is None else set()
+    _settle_missing(model, loader, others, weights.loader, quantiser, folder, asked)
     model.eval()
+    model.set_use_kernels(False)
     if place.file is None:
         _adjust_generation(model, folder, asked)
     if quantiser is not None:
@@ -150,49 +152,58 @@ def _converted(
     if parts:
         groups = settle_bitsandbytes(model, groups, checkpoint, device)
     loader = ConvertedLoader(checkpoint, groups, model, model.config)
-    if quantiser is None:
-        _leave_out_mismatched(loader, expected, asked, type(model).__name__)
     model._weight_conversions = [transform for transform in transforms if transform.was_used()]
     return transforms, loader
 
 
-def _leave_out_mismatched(
-    loader: ConvertedLoader, expected: Mapping[str, torch.Tensor], asked: Asked, model: str
-) -> None:
-    """Have the loader leave out weights of another shape, if that is wanted. Raises WeightMismatchError."""
+def _leave_out_mismatched(model: nn.Module, loader: ConvertedLoader, asked: Asked) -> set[str]:
+    """Have the loader leave out weights of another shape, if that is wanted. Returns their names.
+
+    Raises WeightMismatchError.
+    """
+    left_out, expected, kind = set(), model.state_dict(), type(model).__name__
     for name, info in list(loader.weights().items()):
         wanted = tuple(expected[name].shape) if name in expected else info.shape
         if info.shape == wanted:
             continue
         if not asked.ignore_mismatched_sizes:
             raise WeightMismatchError(
-                f"the checkpoint has shape {info.shape}, {model} {wanted}",
+                f"the checkpoint has shape {info.shape}, {kind} {wanted}",
                 weight=name,
                 file=info.file,
-                cure="Give the configuration that it was made with, or ignore_mismatched_sizes=True and "
-                'on_missing="init" to initialise such weights',
+                cure="Give the configuration that it was made with, or ignore_mismatched_sizes=True to initialise "
+                "such weights",
             )
-        _log.warning("%s is initialised: the checkpoint has shape %s, %s %s", name, info.shape, model, wanted)
+        _log.warning("%s is initialised: the checkpoint has shape %s, %s %s", name, info.shape, kind, wanted)
         loader.leave_out(name)
+        left_out.add(name)
+    return left_out
 
 
 def _settle_missing(
-    model: Any, loader: ConvertedLoader, checkpoint: WeightsLoader, quantiser: Any, folder: Path, asked: Asked
+    model: Any,
+    loader: ConvertedLoader,
+    others: set[str],
+    checkpoint: WeightsLoader,
+    quantiser: Any,
+    folder: Path,
+    asked: Asked,
 ) -> None:
-    """Tie what is to be tied, and initialise what the checkpoint lacks as transformers does. Raises
-    MissingWeightError for what it would warn of, unless that is to be initialised.
+    """Tie what is to be tied, and initialise what the checkpoint lacks, and the ``others``, as transformers does.
+
+    Raises MissingWeightError for what it would warn of, unless that is to be initialised.
     """
     known = loader.weights()
-    missing = untied(model, model.state_dict(), loader)
-    lacking = really_missing(model, without_source(model, missing))
-    is_wanted = asked.ignore_mismatched_sizes or asked.stream.get("on_missing", "error") == "init"
-    if lacking and not is_wanted:
+    missing = untied(model, model.state_dict(), loader) - others
+    unfilled = without_source(model, missing | others)
+    lacking = [name for name in really_missing(model, unfilled) if name not in others]
+    ties = set(getattr(model, "all_tied_weights_keys", None) or ()) if others else set()
+    lacking = [name for name in lacking if name not in ties]
+    if lacking and asked.stream.get("on_missing", "error") == "error":
         raise _incomplete(lacking, loader, checkpoint, type(model).__name__, folder)
-    if not known:
-        raise _incomplete(sorted(missing), loader, checkpoint, type(model).__name__, folder)
     if lacking:
         _log.warning("%s: initialised, for the checkpoint lacks them: %s", type(model).__name__, ", ".join(lacking))
-    made = initialise(model, without_source(model, missing), known, is_quantised=quantiser is not None)
+    made = initialise(model, unfilled, known, is_quantised=quantiser is not None)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     loader.keep(made)
 
