@@ -42,7 +42,7 @@ def add_adapter(
         raise CheckpointError(
             f"peft cannot put the adapter on the model: {(str(error).splitlines() or [type(error).__name__])[0][:300]}",
             file=str(inside / "adapter_config.json"),
-            cure="Install the peft that it was made with, or move adapter_config.json away to have the model without it",
+            cure="Install the peft that it was made with, or move adapter_config.json away",
         ) from error
 
 
@@ -82,6 +82,4 @@ def _load(
         weight_mapping=list(transforms),
         download_kwargs={"local_files_only": True, "subfolder": asked.subfolder},
     )
-    model.load_adapter(
-        str(folder), adapter_name=asked.adapter_name, adapter_state_dict=weights, load_config=settings
-    )
+    model.load_adapter(str(folder), adapter_name=asked.adapter_name, adapter_state_dict=weights, load_config=settings)

@@ -63,7 +63,8 @@ def _configuration(
     folder: Path, stored: Mapping[str, object], asked: Asked, own: Any, transformers: Any
 ) -> tuple[Any, dict[str, object]]:
     """The configuration with the overriding values, and those of them that it does not have. ``own``: its class."""
-    given, values = asked.config, dict(asked.overrides)
+    given: Any = asked.config
+    values = dict(asked.overrides)
     if isinstance(given, transformers.PreTrainedConfig):
         return copy.deepcopy(given), values
     if isinstance(given, Mapping):

@@ -146,7 +146,11 @@ def _shards_without_index(folder: Path, names: Sequence[str], variant: str | Non
     sets: dict[tuple[str, str, str], dict[int, Path]] = {}
     for name in _entries(folder):
         match = _SHARD.fullmatch(name)
-        if match is None or Path(name).suffix not in kinds or match["stem"].startswith(("adapter_model", "consolidated")):
+        if (
+            match is None
+            or Path(name).suffix not in kinds
+            or match["stem"].startswith(("adapter_model", "consolidated"))
+        ):
             continue
         marks = f"{match['stem']}{match['rest']}".split(".")
         if (variant is None and len(marks) == 2) or (variant is not None and variant in marks[1:-1]):
@@ -199,7 +203,9 @@ def _entries(folder: Path) -> list[str]:
 
 def _cure(names: Sequence[str]) -> str:
     if "model_index.json" in names:
-        return 'It is a pipeline of diffusers: use odewei.stream_pipeline, or subfolder="unet", say, for one of its models'
+        return (
+            'It is a pipeline of diffusers: use odewei.stream_pipeline, or subfolder="unet", say, for one of its models'
+        )
     if "adapter_config.json" in names:
         return "It is an adapter without its model: put the model's config.json and weights beside it"
     if any(name.endswith(".gguf") for name in names):

@@ -74,7 +74,9 @@ def _is_without_values(model: Any, name: str) -> bool:
 def _adjusted(model: Any, missing: Collection[str], unexpected: Collection[str]) -> Any:
     from transformers.utils.loading_report import LoadStateDictInfo
 
-    parts = {one.name: {} if one.name == "conversion_errors" else set() for one in fields(LoadStateDictInfo)}
+    parts: dict[str, Any] = {
+        one.name: {} if one.name == "conversion_errors" else set() for one in fields(LoadStateDictInfo)
+    }
     info: Any = LoadStateDictInfo(
         **{**parts, "error_msgs": [], "missing_keys": set(missing), "unexpected_keys": set(unexpected)}
     )

@@ -120,8 +120,8 @@ _REFUSED: Mapping[str, str] = {
     "offload_state_dict": _PLACES,
     "state_dict": "use init_on_demand_weights_model(model_fn, state_dict)",
     "gguf_file": "use init_on_demand_weights_model(model_fn, GgufLoader(path))",
-    "quantization_config": "leave it out, and name a checkpoint that is quantised already: weights are streamed as they "
-    "are stored",
+    "quantization_config": "leave it out, and name a checkpoint that is quantised already: weights are streamed as "
+    "they are stored",
     "output_loading_info": "leave it out: what is missing is an error, and what is left over is in the log 'odewei'",
     "proxies": "set the environment's HTTPS_PROXY",
     "tqdm_class": "leave it out: progress is in the log 'odewei'",

@@ -20,7 +20,7 @@ from torch import nn
 from odewei.errors import CheckpointError, CheckpointNotFoundError, OdeweiError, OptionsError, UnsafeCheckpointError
 from odewei.pretrained.build import build_pretrained, placed
 from odewei.pretrained.folder import read_json
-from odewei.pretrained.options import Asked, PipelineOptions, required
+from odewei.pretrained.options import Asked, FileOptions, StreamOptions, required
 from odewei.runtime import find_runtime
 
 __all__ = ["Pipeline", "stream_folder", "stream_parts"]
@@ -202,7 +202,8 @@ def _check_parts(index: Mapping[str, object], asked: Asked, diffusers: Any) -> N
         if option not in parts and option not in values:
             raise OptionsError(
                 f"there is no option {option!r}, and {name} has no such part",
-                cure=f"Its parts are {', '.join(sorted(parts))}; the options are {', '.join(PipelineOptions.__annotations__)}",
+                cure=f"Its parts are {', '.join(sorted(parts))}; "
+                f"the options are {', '.join(FileOptions.__annotations__)}, {', '.join(StreamOptions.__annotations__)}",
             )
 
 

@@ -156,5 +156,5 @@ def _quantises_activations(settings: Any) -> bool:
 def _method(settings: Any) -> str:
     found = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     if found is None and isinstance(settings, dict):
-        found = next((f"bitsandbytes_{bits}bit" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), None)
+        found = "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else None
     return str(getattr(found, "value", found))

@@ -1,9 +1,9 @@
 """A file of weights in the form of another program, as a model of diffusers has them: by diffusers' own conversion.
 
-Its functions take a whole checkpoint and give a whole state dictionary. One is run once on tensors without values, which
-tells where each weight comes from: most are places in the file, or pieces of it put together. What else is done to a
-weight (halves that change places, say) is done when it is read: the function is run again, with values in those
-sources that this weight is made of, and none in the others.
+Its functions take a whole checkpoint and give a whole state dictionary. One is run once on tensors without values,
+which tells where each weight comes from: most are places in the file, or pieces of it put together. What else is done
+to a weight is done when it is read: the function is run again, with values in those sources that this weight is made
+of, and none in the others.
 """
 
 from __future__ import annotations

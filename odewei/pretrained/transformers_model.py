@@ -98,9 +98,7 @@ def _weights(folder: Path, place: Place, settings: Any, asked: Asked) -> Weights
     return Weights(JoinedLoader(loaders), (*found.files, *more), found.metadata)
 
 
-def _build(
-    chosen: Any, config: Any, arguments: Mapping[str, object], dtype: torch.dtype, quantiser: Any
-) -> nn.Module:
+def _build(chosen: Any, config: Any, arguments: Mapping[str, object], dtype: torch.dtype, quantiser: Any) -> nn.Module:
     """The model as transformers builds it before loading: in its dtype, nothing tied, modules replaced that hold
     quantised weights.
     """

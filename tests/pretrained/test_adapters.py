@@ -22,7 +22,9 @@ from tests.zoo.architecture import ids
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks it
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # peft asks it
 
 
 def with_adapter(build: Callable[[], Any], base: Path, adapter: Path, **settings: Any) -> Any:
@@ -66,9 +68,7 @@ def check(kind: Any, path: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize(("build", "settings"), [(llama, {}), (gpt2, {"fan_in_fan_out": True})])
-def test_an_adapter_in_the_models_folder(
-    build: Callable[[], Any], settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_an_adapter_in_the_models_folder(build: Callable[[], Any], settings: dict[str, Any], tmp_path: Path) -> None:
     """A folder with a model and an adapter is both, whatever model the adapter names."""
     kind = with_adapter(build, tmp_path / "base", tmp_path / "adapter", **settings)
     for path in (tmp_path / "adapter").glob("adapter_*"):

@@ -120,9 +120,7 @@ def test_what_stays_in_float32(dtype: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_what_stays_in_float32_by_pattern(
-    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_stays_in_float32_by_pattern(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So are those that a class names by patterns, strictly or not."""
     kind = saved(llama, tmp_path)
     monkeypatch.setattr(kind, "_keep_in_fp32_modules", ["layers.*.mlp"])

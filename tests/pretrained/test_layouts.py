@@ -44,7 +44,9 @@ def zeroed(folder: Path, file: str) -> None:
 def as_pickle(folder: Path) -> None:
     """The folder's safetensors files as files of torch, their index too."""
     for path in sorted(folder.glob("*.safetensors")):
-        torch.save(load_file(path), folder / path.name.replace("model", "pytorch_model").replace(".safetensors", ".bin"))
+        torch.save(
+            load_file(path), folder / path.name.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+        )
         path.unlink()
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -130,7 +132,9 @@ def test_a_repository_in_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixt
     (place / "refs" / "v1").write_text(OTHER)
     same(as_loaded(kind, place / "snapshots" / OTHER), place, revision="v1")
     for revision in ("v2", "../main", "main/.."):
-        with pytest.raises(CheckpointNotFoundError, match=rf"no snapshot of '{revision}'; there are: {COMMIT}, {OTHER}"):
+        with pytest.raises(
+            CheckpointNotFoundError, match=rf"no snapshot of '{revision}'; there are: {COMMIT}, {OTHER}"
+        ):
             odewei.from_pretrained(place, revision=revision)
 
 
@@ -164,7 +168,7 @@ def test_a_folder_around_several(tmp_path: Path) -> None:
     """Several are listed, and none is guessed."""
     for name in ("first", "second"):
         saved(llama, tmp_path / name)
-    with pytest.raises(CheckpointNotFoundError, match="2 of the folders in it are: first, second.*Name one of them"):
+    with pytest.raises(CheckpointNotFoundError, match=r"2 of the folders in it are: first, second.*Name one of them"):
         odewei.from_pretrained(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Every keyword of the libraries' own from_pretrained is honoured as they do, or refused by its name; none is ignored."""
+"""Every keyword of the libraries' own from_pretrained is honoured as there, or refused by its name; none is ignored."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def test_what_is_always_so(tmp_path: Path) -> None:
     """low_cpu_mem_usage and weights_only may be said where they ask for what is done anyway."""
     saved(gpt2, tmp_path)
     odewei.close(odewei.from_pretrained(tmp_path, low_cpu_mem_usage=True, weights_only=True, trust_remote_code=False))
-    with pytest.raises(OptionsError, match="all weights in memory.*materialize"):
+    with pytest.raises(OptionsError, match=r"all weights in memory.*materialize"):
         odewei.from_pretrained(tmp_path, low_cpu_mem_usage=False)
-    with pytest.raises(OptionsError, match="pickle.*never"):
+    with pytest.raises(OptionsError, match=r"pickle.*never"):
         odewei.from_pretrained(tmp_path, weights_only=False)
 
 
