@@ -66,7 +66,7 @@ def build_transformers(folder: Path, place: Place, stored: Mapping[str, object],
     others = _leave_out_mismatched(model, loader, asked) if quantiser is None else set()
     _settle_missing(model, loader, others, weights.loader, quantiser, folder, asked)
     model.eval()
-    model.set_use_kernels(False)
+    model.set_use_kernels(False)  # as transformers leaves it, unless kernels are asked for
     if place.file is None:
         _adjust_generation(model, folder, asked)
     if quantiser is not None:

@@ -65,13 +65,17 @@ def test_every_keyword_has_an_answer(function: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("name", sorted(keywords._REFUSED))
 def test_what_is_refused(name: str, tmp_path: Path) -> None:
-    """It is refused by its name with what to do instead, before anything is looked for; None asks for nothing."""
+    """It is refused by its name with what to do instead, before anything is looked for."""
     for call in (odewei.from_pretrained, odewei.stream_pipeline):
         with pytest.raises(OptionsError, match=rf"^{name}=.*is not done for a streamed model\. [A-Z]"):
             call(tmp_path / "none", **{name: "auto"})
+
+
+@pytest.mark.parametrize("nothing", [None, False])
+def test_what_asks_for_nothing(nothing: Any, tmp_path: Path) -> None:
+    """What is refused may be said with None or False, which ask for nothing."""
     saved(gpt2, tmp_path)
-    for nothing in (None, False):
-        odewei.close(odewei.from_pretrained(tmp_path, **{name: nothing}))
+    odewei.close(odewei.from_pretrained(tmp_path, **dict.fromkeys(keywords._REFUSED, nothing)))
 
 
 def test_what_is_always_so(tmp_path: Path) -> None:
