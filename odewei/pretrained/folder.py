@@ -62,9 +62,15 @@ def names_of(library: str, variant: str | None, use_safetensors: bool | None) ->
 
 def read_json(path: Path) -> dict[str, object]:
     """The object in a JSON file. Raises CheckpointNotFoundError, CorruptCheckpointError."""
+    _check_is_there(path)
     try:
         text = path.read_text(encoding="utf-8")
         _check_is_no_pointer(path)
+        if not text.strip() or text.lstrip().startswith("<"):
+            what = "an HTML page, such as one that asks to log in" if text.strip() else "empty"
+            raise CorruptCheckpointError(
+                f"the file is {what}, and no JSON", file=str(path), cure="Download it again, from where the files are"
+            )
         found: object = json.loads(text)
     except FileNotFoundError as error:
         others = _entries(path.parent)
@@ -99,6 +105,7 @@ def open_weights(
             )
         names = (explicit,)
     for name in names:
+        _check_is_there(folder / name)
         if (folder / name).is_file():
             return _opened(folder / name, verify)
     if explicit is None and (shards := _shards_without_index(folder, names, variant)):
@@ -175,6 +182,18 @@ def _shards_without_index(folder: Path, names: Sequence[str], variant: str | Non
             )
         return [shards[number] for number in sorted(shards)]
     return []
+
+
+def _check_is_there(path: Path) -> None:
+    """Raise CheckpointNotFoundError for a link to a file that is not there, as an interrupted download or a part of a
+    copied cache leaves it.
+    """
+    if path.is_symlink() and not path.exists():
+        raise CheckpointNotFoundError(
+            f"the file is a link to {str(path.readlink())!r}, which is not there",
+            file=str(path),
+            cure="Download the file again; of the hub's cache copy the folder blobs too",
+        )
 
 
 def _check_is_no_pointer(path: Path) -> None:

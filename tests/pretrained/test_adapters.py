@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import odewei
-from odewei.errors import CheckpointError, CheckpointNotFoundError, MissingPackageError, OptionsError
+from odewei.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    MissingPackageError,
+    OptionsError,
+    UnsafeCheckpointError,
+)
 from tests.models import gpt2, llama, mixtral, same_bits
 from tests.pretrained.checkpoints import as_loaded, saved
 from tests.pretrained.test_transformers_model import TEXT, outputs, streamed
@@ -169,6 +175,30 @@ def test_mistakes(tmp_path: Path) -> None:
         odewei.from_pretrained(adapter)
     with pytest.raises(OptionsError, match=r"adapter_kwargs=.*load_adapter"):
         odewei.from_pretrained(adapter, adapter_kwargs={"subfolder": "x"})  # type: ignore[call-arg]
+
+
+class _Code:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open, (str(self.path), "w"))
+
+
+def test_code_in_a_pickled_adapter(tmp_path: Path) -> None:
+    """It is refused and not run, and the model is closed."""
+    with_adapter(llama, tmp_path, tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save({"x": _Code(tmp_path / "it ran")}, tmp_path / "adapter_model.bin")
+    budget = odewei.MemoryBudget("1MiB")
+    with pytest.raises(UnsafeCheckpointError, match=r"adapter_model\.bin"):
+        odewei.from_pretrained(tmp_path, memory_budget=budget)
+    assert not (tmp_path / "it ran").exists()
+    assert budget._driver is not None
+    budget._driver.close()
+    assert not budget._driver.ledger.accounts
 
 
 def test_without_peft(tmp_path: Path, missing: Callable[[str], None]) -> None:

@@ -298,6 +298,25 @@ def test_other_pointers_of_git_lfs(tmp_path: Path) -> None:
         odewei.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_links_to_nothing(name: str, tmp_path: Path) -> None:
+    """A link whose file is not there, as in a cache that was copied in part, is called one."""
+    saved(llama, tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / "blobs" / "gone")
+    with pytest.raises(CheckpointNotFoundError, match=rf"a link to .*gone.*which is not there.*{name}.*blobs"):
+        odewei.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "told"), [("", "is empty"), ("<!DOCTYPE html><title>Log in", "an HTML page")])
+def test_a_configuration_that_is_something_else(text: str, told: str, tmp_path: Path) -> None:
+    """An empty file and a web page in the place of config.json are called what they are."""
+    saved(llama, tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{told}.*config\.json.*Download it again"):
+        odewei.from_pretrained(tmp_path)
+
+
 def test_a_configuration_only(tmp_path: Path) -> None:
     """A folder with config.json alone, or with a file of another name, says which names count and what helps."""
     saved(llama, tmp_path)
