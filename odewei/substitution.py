@@ -176,6 +176,7 @@ class _Call:
         """``writes``: into its arguments. ``graph``: gradients are computed for placeholders."""
         self._frame, self._writes, self._graph = frame, writes, graph
         self._releases: list[Callable[[], None]] = []
+        self._homes: list[Home] = []
         self._stood_for: list[tuple[Placeholder, torch.Tensor, tuple[Any, ...]]] = []
         self.tensors: dict[int, torch.Tensor] = {}  # by the number of their home
 
@@ -194,6 +195,7 @@ class _Call:
             return placeholder.content()
         tensor, release = placeholder.lease(self._frame)
         self._releases.append(release)
+        self._homes.append(placeholder.home)
         self.tensors[id(placeholder.home)] = tensor
         tensor = self._as_seen(placeholder, tensor)
         self._stood_for.append((placeholder, tensor, _metadata(tensor)))
@@ -223,7 +225,7 @@ class _Call:
     def end(self) -> None:
         for release in reversed(self._releases):
             release()
-        written = [placeholder.home for placeholder, _, _ in self._stood_for] if self._writes else []
+        written = self._homes if self._writes else []
         self._stood_for.clear()
         self.tensors.clear()
         for home in written:

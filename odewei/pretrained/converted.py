@@ -46,6 +46,18 @@ class ConvertedLoader(WeightsLoader):
                 if one.is_computed:
                     self._computed[name] = group
         self._model = _without_values(model) if self._computed and model is not None else None
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def leave_out(self, name: str) -> None:
+        """Have nothing under this name."""
+        self._infos.pop(name, None)
+        self._computed.pop(name, None)
+
+    def keep(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Have these in memory, besides what is in files: weights that were initialised."""
+        for name, value in values.items():
+            self._kept[name] = value.contiguous()
+            self._infos[name] = WeightInfo(name, value.dtype, tuple(value.shape), None)
 
     @property
     def place(self) -> Path | None:
@@ -67,6 +79,10 @@ class ConvertedLoader(WeightsLoader):
         return KnownWeights(self._infos, lacking) if lacking else self._infos
 
     def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
+        kept = self._kept.get(info.name)
+        if kept is not None and self._infos[info.name] is info:
+            _copy(kept, buffer)
+            return
         group = self._computed.get(info.name)
         if group is None or self._infos[info.name] is not info:
             self._gathering.read_into(info, buffer)
@@ -84,8 +100,7 @@ class ConvertedLoader(WeightsLoader):
                     file=group.taken[0].info.file,
                     cure="This is a mistake in the conversion: report it",
                 )
-            target = torch.frombuffer(buffer, dtype=torch.uint8)
-            target.copy_(made.contiguous().view(-1).view(torch.uint8))
+            _copy(made, buffer)
 
     def _compute(self, group: Group, name: str) -> torch.Tensor:
         def source(place: int) -> torch.Tensor:
@@ -101,6 +116,13 @@ class ConvertedLoader(WeightsLoader):
 
     def __repr__(self) -> str:
         return f"<ConvertedLoader of {len(self._infos)} weights, {len(self._computed)} computed, over {self._loader!r}>"
+
+
+def _copy(made: torch.Tensor, buffer: memoryview) -> None:
+    if buffer.nbytes:
+        target = torch.frombuffer(buffer, dtype=torch.uint8)
+        with torch.inference_mode(False), torch.no_grad():
+            target.copy_(made.contiguous().view(-1).view(torch.uint8))
 
 
 def _without_values(model: nn.Module) -> nn.Module:

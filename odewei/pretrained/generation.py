@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from odewei.errors import CheckpointError, ModelError, OptionsError
-from odewei.pretrained.build import build_pretrained
-from odewei.pretrained.options import StreamOptions, required
+from odewei.pretrained.build import build_pretrained, placed
+from odewei.pretrained.options import StreamOptions, asked_for, required
 from odewei.runtime import Runtime, runtime_of
 
 __all__ = ["Progress", "Prompt", "generate_text"]
@@ -74,9 +74,8 @@ def generate_text(
     ModelError for what transformers refuses, and what ``from_pretrained`` raises.
     """
     transformers = required("transformers", extra="hf", purpose="generating text")
-    model: Any = build_pretrained(
-        folder, model_class=None, config=None, dtype=dtype, trusts_code=trusts_code, options=options
-    )
+    asked = asked_for(dict(options), dtype=dtype, trust_remote_code=trusts_code)
+    model: Any = build_pretrained(placed(folder, str(folder), asked), asked)
     with closing(runtime_of(model)) as runtime:
         if not (hasattr(model, "generate") and model.can_generate()):
             raise CheckpointError(

@@ -47,11 +47,12 @@ def grouped(
     transforms: Sequence[Any],
     base_prefix: str,
     cast: Callable[[str, WeightInfo, Any], torch.dtype | None],
-) -> list[Group]:
-    """The groups that make weights of the model, in the order in which they are begun.
+) -> tuple[list[Group], dict[str, WeightInfo]]:
+    """The groups that make weights of the model, in the order in which they are begun, and what is left over, by the
+    names that it would have in the model.
 
     ``expected`` is the state dictionary of the model without weights, ``transforms`` are transformers' for it;
-    ``cast(target, info, conversion)`` says which dtype a weight is cast to. What the model has no use for is left out.
+    ``cast(target, info, conversion)`` says which dtype a weight is cast to.
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -59,14 +60,16 @@ def grouped(
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     groups: dict[str, Group] = {}
+    left: dict[str, WeightInfo] = {}
     for name in sorted(found, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, base_prefix, expected)
         if target not in expected and name in expected:
             target, pattern = rename_source_key(name, [], [], base_prefix, expected)
         if target not in expected:
+            left[target] = found[name]
             continue
         conversion = None if pattern is None else by_pattern[pattern]
         group = groups.setdefault(target, Group(target, conversion))
         info = found[name]
         group.taken.append(Taken(info, pattern or name, cast(target, info, group.conversion)))
-    return list(groups.values())
+    return list(groups.values()), left

@@ -10,6 +10,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +18,9 @@ import torch
 from torch import nn
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError, OdeweiError, OptionsError, UnsafeCheckpointError
-from odewei.pretrained.build import build_pretrained
+from odewei.pretrained.build import build_pretrained, placed
 from odewei.pretrained.folder import read_json
-from odewei.pretrained.options import StreamOptions, required
+from odewei.pretrained.options import Asked, FileOptions, StreamOptions, required
 from odewei.runtime import runtime_of, runtimes_in
 
 __all__ = ["Pipeline", "stream_folder", "stream_parts"]
@@ -38,9 +39,11 @@ class Pipeline(Protocol):
     def __call__(self, *args: object, **kwargs: object) -> Any: ...
 
 
-def stream_folder(folder: Path, *, dtype: torch.dtype | str, trusts_code: bool, options: StreamOptions) -> Pipeline:
+def stream_folder(path: str | os.PathLike[str], asked: Asked) -> Pipeline:
     """The pipeline of a folder with a model_index.json; see ``odewei.stream_pipeline``."""
     diffusers = required("diffusers", extra=None, purpose="stream_pipeline")
+    _refuse_what_pipelines_lack(asked)
+    folder = _located(path, asked)
     if not (folder / _INDEX).is_file() and (folder / "config.json").is_file():
         raise CheckpointNotFoundError(
             f"the folder has no {_INDEX}: it is one model, not a pipeline",
@@ -48,16 +51,24 @@ def stream_folder(folder: Path, *, dtype: torch.dtype | str, trusts_code: bool, 
             cure="Use odewei.from_pretrained",
         )
     index = read_json(folder / _INDEX)
+    _check_parts(index, asked, diffusers)
     classes = {
         name: kind
         for name, value in index.items()
-        if (kind := _model_class(name, value, folder, diffusers, trusts_code)) is not None
+        if name not in asked.overrides
+        and (kind := _model_class(name, value, folder, diffusers, asked.trusts_code)) is not None
     }
     with ExitStack() as undo:
-        parts = _streamed(folder, classes, {}, dtype=dtype, trusts_code=trusts_code, options=options, undo=undo)
+        parts = _streamed(folder, classes, {}, _variants(folder, index, asked.variant), asked, undo)
         try:
             made: Pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=trusts_code, **parts
+                str(folder),
+                local_files_only=True,
+                trust_remote_code=asked.trusts_code,
+                variant=asked.variant,
+                use_safetensors=asked.use_safetensors,
+                **asked.overrides,
+                **parts,
             )
         except OdeweiError:
             raise
@@ -71,14 +82,7 @@ def stream_folder(folder: Path, *, dtype: torch.dtype | str, trusts_code: bool, 
     return made
 
 
-def stream_parts(
-    pipeline: Pipeline,
-    folder: str | os.PathLike[str] | None,
-    *,
-    dtype: torch.dtype | str,
-    trusts_code: bool,
-    options: StreamOptions,
-) -> Pipeline:
+def stream_parts(pipeline: Pipeline, folder: str | os.PathLike[str] | None, asked: Asked) -> Pipeline:
     """``pipeline`` with each of its models replaced by a streamed one; see ``odewei.stream_pipeline``."""
     parts = getattr(pipeline, "components", None)
     if not isinstance(parts, dict):
@@ -86,12 +90,18 @@ def stream_parts(
             f"a {type(pipeline).__name__} is no pipeline of diffusers",
             cure="Give a folder with a model_index.json, or a pipeline",
         )
+    _refuse_what_pipelines_lack(asked)
+    for name in asked.overrides:
+        raise OptionsError(
+            f"{name}= beside a pipeline that was built", cure=f"Set it on the pipeline: pipeline.{name} = ..."
+        )
     place = _folder(pipeline, folder)
     models = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and not runtimes_in(part)}
     configs = {name: getattr(part, "config", None) for name, part in models.items()}
     classes = {name: type(part) for name, part in models.items()}
+    variants = _variants(place, read_json(place / _INDEX), asked.variant) if asked.variant is not None else {}
     with ExitStack() as undo:
-        made = _streamed(place, classes, configs, dtype=dtype, trusts_code=trusts_code, options=options, undo=undo)
+        made = _streamed(place, classes, configs, variants, asked, undo)
         pipeline.register_modules(**made)
         undo.pop_all()
     return pipeline
@@ -101,10 +111,8 @@ def _streamed(
     folder: Path,
     classes: Mapping[str, type],
     configs: Mapping[str, object],
-    *,
-    dtype: torch.dtype | str,
-    trusts_code: bool,
-    options: StreamOptions,
+    variants: Mapping[str, str],
+    asked: Asked,
     undo: ExitStack,
 ) -> dict[str, nn.Module]:
     """A streamed model for each class, read from the subfolder of its name; closed by ``undo``."""
@@ -112,18 +120,105 @@ def _streamed(
     for name, kind in classes.items():
         if not (folder / name).is_dir():
             raise CheckpointNotFoundError(
-                f"the pipeline's part {name!r} has no folder there", file=str(folder), cure="Download it again"
+                f"the pipeline's part {name!r} has no folder there",
+                file=str(folder),
+                cure=f"Download it again, or say {name}=None if you do without it",
             )
-        made[name] = build_pretrained(
-            folder / name,
+        part = replace(
+            asked,
             model_class=kind,
             config=configs.get(name),
-            dtype=dtype,
-            trusts_code=trusts_code,
-            options=options,
+            dtype=_dtype_of(name, asked.dtype),
+            variant=variants.get(name),
+            overrides={},
         )
+        made[name] = build_pretrained(placed(folder / name, str(folder / name), part), part)
         undo.callback(runtime_of(made[name]).close)
     return made
+
+
+def _dtype_of(name: str, dtype: torch.dtype | Mapping[str, torch.dtype] | None) -> torch.dtype | None:
+    """The dtype of a part; where several are given, that of its name, of "default", or float32: so diffusers has it."""
+    if isinstance(dtype, Mapping):
+        return dtype.get(name, dtype.get("default", torch.float32))
+    return dtype
+
+
+def _variants(folder: Path, index: Mapping[str, object], variant: str | None) -> Mapping[str, str]:
+    """Which parts have weights of the variant; the others are read without it, as diffusers does."""
+    if variant is None:
+        return {}
+    from diffusers.pipelines.pipeline_loading_utils import _identify_model_variants
+
+    try:
+        found: Mapping[str, str] = _identify_model_variants(folder=str(folder), variant=variant, config=dict(index))
+    except (IndexError, OSError) as error:  # a file without an ending, in a part's folder
+        raise CheckpointError(
+            f"diffusers cannot tell which parts have the variant {variant!r}: {error}",
+            file=str(folder),
+            cure="Take files without an ending out of the folders of the pipeline's parts",
+        ) from error
+    if not found:
+        raise CheckpointNotFoundError(
+            f"no part of the pipeline has weights of the variant {variant!r}",
+            file=str(folder),
+            cure="Leave out variant=, or download that variant",
+        )
+    return found
+
+
+def _refuse_what_pipelines_lack(asked: Asked) -> None:
+    """Raise OptionsError for keywords that are for one model."""
+    wanted = {
+        "subfolder": asked.subfolder,
+        "ignore_mismatched_sizes": asked.ignore_mismatched_sizes,
+        "key_mapping": asked.key_mapping,
+        "generation_config": asked.generation_config,
+    }
+    for name, value in wanted.items():
+        if value:
+            raise OptionsError(
+                f"{name}= is for one model, not for a pipeline",
+                cure="Stream that model with odewei.from_pretrained, and give it to stream_pipeline by its name",
+            )
+
+
+def _check_parts(index: Mapping[str, object], asked: Asked, diffusers: Any) -> None:
+    """Raise OptionsError for a keyword, or a name in ``dtype``, that is no part of the pipeline."""
+    name = index.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if isinstance(asked.dtype, Mapping):
+        for part in asked.dtype:
+            if part not in index and part != "default":
+                raise OptionsError(
+                    f"dtype= has the name {part!r}, which is no part of the pipeline", cure='Or use "default"'
+                )
+    if kind is None:
+        return  # of the checkpoint's own code, or unknown: diffusers says so
+    parts, values = diffusers.DiffusionPipeline._get_signature_keys(kind)
+    for option in asked.overrides:
+        if option not in parts and option not in values:
+            raise OptionsError(
+                f"there is no option {option!r}, and {name} has no such part",
+                cure=f"Its parts are {', '.join(sorted(parts))}; "
+                f"the options are {', '.join(FileOptions.__annotations__)}, {', '.join(StreamOptions.__annotations__)}",
+            )
+
+
+def _located(path: str | os.PathLike[str], asked: Asked) -> Path:
+    from odewei.pretrained.hub import locate
+
+    return locate(
+        path,
+        revision=asked.revision,
+        local_files_only=asked.local_files_only,
+        with_code=asked.trusts_code,
+        token=asked.token,
+        cache_dir=asked.cache_dir,
+        force_download=asked.force_download,
+        variant=asked.variant,
+        marks=(_INDEX,),
+    )
 
 
 def _folder(pipeline: Pipeline, folder: str | os.PathLike[str] | None) -> Path:
@@ -134,9 +229,7 @@ def _folder(pipeline: Pipeline, folder: str | os.PathLike[str] | None) -> Path:
         raise OptionsError(
             "the pipeline does not know which folder it was loaded from", cure="Give folder=, the one with its parts"
         )
-    from odewei.pretrained.hub import locate
-
-    return locate(named, revision=None, local_files_only=True, with_code=False)
+    return _located(named, Asked(local_files_only=True))
 
 
 def _model_class(name: str, value: object, folder: Path, diffusers: Any, trusts_code: bool) -> type | None:

@@ -7,6 +7,7 @@ weight at a time. A method that changes all weights once they are in memory cann
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import nn
 
 from odewei.errors import CheckpointError, MissingPackageError
+from odewei.loaders.base import WeightInfo
 from odewei.survey import walk
 
-__all__ = ["STREAMED", "find_quantiser", "have_parameters_hold_what_is_packed", "is_bitsandbytes"]
+__all__ = ["STREAMED", "check_scales", "find_quantiser", "have_parameters_hold_what_is_packed", "is_bitsandbytes"]
 
 STREAMED = frozenset({"bitnet", "bitsandbytes", "compressed-tensors", "fp8", "mxfp4"})
 """The methods that are streamed, as config.json calls them: those that were tried."""
@@ -36,6 +38,7 @@ _PACKAGES = {
     "eetq": "kernels",
     "mxfp4": "kernels",
 }
+_SCALE = re.compile(r"scale|zero_?point|qzeros|absmax|SCB")
 _NAMED = re.compile(r"pip install (?:-U |--upgrade )?[`'\"]?([A-Za-z][\w.-]*)")
 
 
@@ -45,10 +48,10 @@ def find_quantiser(config: Any, folder: Path, device: torch.device) -> tuple[Any
 
     Raises MissingPackageError, CheckpointError for a method that cannot be streamed, or does not run here.
     """
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        settings = getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    if settings is None:
+    settings = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    if not settings:
         return None, config
     method = _method(settings)
     file = str(folder / "config.json")
@@ -100,6 +103,29 @@ def _ask_transformers(config: Any, method: str, file: str) -> tuple[Any, Any]:
     return quantiser, config
 
 
+def check_scales(taken: Iterable[WeightInfo], left: Iterable[WeightInfo]) -> None:
+    """Raise CheckpointError where a weight of eight bits or fewer would be used without the scales stored beside it.
+
+    ``taken`` are the checkpoint's weights that the model uses, ``left`` those that it has no use for.
+    """
+    packed: dict[str, WeightInfo] = {}
+    for info in taken:
+        if info.dtype.itemsize == 1 and info.dtype != torch.bool:
+            packed[info.name] = packed[info.name.rpartition(".")[0]] = info
+    for info in left:
+        module, _, kind = info.name.replace(":", ".").rpartition(".")
+        if _SCALE.search(kind) and module in packed:
+            weight = packed[module]
+            raise CheckpointError(
+                f"the weight is stored in {weight.dtype} with scales of its own ({info.name!r}), of which the "
+                "configuration says nothing: without them its values would be wrong",
+                weight=weight.name,
+                file=weight.file,
+                cure="Say in config.json how it is quantised (quantization_config), or use a checkpoint that is not, "
+                "such as what save_pretrained of the dequantised model writes",
+            )
+
+
 def is_bitsandbytes(quantiser: Any) -> bool:
     """Whether this quantiser of transformers, or None, is one of those of bitsandbytes."""
     return quantiser is not None and _method(quantiser.quantization_config).startswith("bitsandbytes")
@@ -130,5 +156,5 @@ def _quantises_activations(settings: Any) -> bool:
 def _method(settings: Any) -> str:
     found = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     if found is None and isinstance(settings, dict):
-        found = next((f"bitsandbytes_{bits}bit" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), None)
+        found = "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else None
     return str(getattr(found, "value", found))

@@ -16,28 +16,40 @@ from odewei.loaders.base import Span, WeightInfo, WeightsLoader
 from odewei.loaders.file_loader import read_span
 from odewei.loaders.tensors import read_tensor
 
-__all__ = ["tie"]
+__all__ = ["untied", "without_source"]
 
 _PIECE_NBYTES = 1 << 20
 
 
-def tie(model: Any, names: Iterable[str], loader: WeightsLoader) -> set[str]:
-    """Tie what is to be tied in the model without weights; ``names`` are those of its state dictionary.
+def untied(model: Any, names: Iterable[str], loader: WeightsLoader) -> set[str]:
+    """The names that are to be filled otherwise than from ``loader``: by tying, or not at all. ``names`` are those of
+    the model's state dictionary.
 
-    Returns the names for which ``loader`` then has nothing. Reads weights only where both names of a pair are in the
-    checkpoint, a piece at a time.
+    The model no longer ties what has different values in the checkpoint. Reads weights only where both names of a pair
+    are in the checkpoint, a piece at a time.
     """
     known = loader.weights()
     missing = set(names) - known.keys()
-    pairs: Mapping[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    for target, source in pairs.items():
+    for target, source in _pairs(model).items():
         if target in known and source in known:
             if _have_same_values(loader, known[target], known[source]):
                 missing.add(target)
             else:
                 model.all_tied_weights_keys.pop(target)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
     return missing
+
+
+def without_source(model: Any, missing: set[str]) -> set[str]:
+    """Those of the ``missing`` names that no tie will fill."""
+    filled: set[str] = set()
+    for target, source in _pairs(model).items():
+        if target not in missing or source not in missing:
+            filled |= {target, source}
+    return missing - filled
+
+
+def _pairs(model: Any) -> Mapping[str, str]:
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _have_same_values(loader: WeightsLoader, one: WeightInfo, other: WeightInfo) -> bool:

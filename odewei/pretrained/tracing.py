@@ -8,7 +8,7 @@ recipe of ours; any other has to be computed. So nothing here knows the operatio
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,9 @@ from odewei.errors import WeightMismatchError
 from odewei.loaders.base import Span, WeightInfo
 from odewei.loaders.gathering import Concat, Recipe, Stack, gather
 from odewei.loaders.tensors import contiguous_stride, is_castable
-from odewei.pretrained.naming import Group
+from odewei.pretrained.naming import Group, Taken
 
-__all__ = ["Traced", "convert", "traced"]
+__all__ = ["Traced", "Watch", "convert", "traced"]
 
 _STACKS = frozenset({torch.stack})
 _JOINS = frozenset({torch.cat, torch.concat, torch.concatenate})
@@ -43,7 +43,7 @@ def traced(group: Group, model: Any, config: Any) -> dict[str, Traced]:
     if group.conversion is None:
         taken = group.taken[0]  # of several weights with one name the first counts, as in transformers
         return {group.target: _renamed(group.target, taken.info, taken.dtype)}
-    with torch.no_grad(), _Watch(group) as watch:
+    with torch.no_grad(), Watch(group.taken) as watch:
         made = convert(group, lambda place: watch.leaves[place], model, config)
         return {name: watch.described(name, tensor) for name, tensor in made.items()}
 
@@ -78,18 +78,21 @@ def _renamed(target: str, info: WeightInfo, dtype: torch.dtype | None) -> Traced
     return Traced(WeightInfo(target, dtype, info.shape, None), True)
 
 
-class _Watch(TorchFunctionMode):
-    """Notes what is stacked and joined of the sources of a group."""
+class Watch(TorchFunctionMode):
+    """Notes what is stacked and joined of ``taken``, whose ``leaves`` are given to a conversion in their place.
 
-    def __init__(self, group: Group) -> None:
+    ``follows``: notes too of which sources each tensor is made, where there are many and each result has few.
+    """
+
+    def __init__(self, taken: Sequence[Taken], *, follows: bool = False) -> None:
         super().__init__()
-        self.leaves = [
-            torch.empty(taken.info.shape, dtype=taken.dtype or taken.info.dtype, device="meta") for taken in group.taken
-        ]
-        self._group = group
+        self.leaves = [torch.empty(one.info.shape, dtype=one.dtype or one.info.dtype, device="meta") for one in taken]
+        self._taken = taken
+        self._made_of: dict[int, set[int]] | None = {} if follows else None  # by storage, as views are one
+        self._alive: list[torch.Tensor] = []  # so that no storage comes twice
         self._place = {leaf.untyped_storage()._cdata: place for place, leaf in enumerate(self.leaves)}
         self._known: dict[str, WeightInfo] = {}
-        self._made: dict[int, tuple[torch.Tensor, Recipe | None]] = {}  # tensors are kept, so that ids are theirs
+        self._made: dict[int, tuple[torch.Tensor, Recipe | str | None]] = {}  # tensors are kept, so that ids are theirs
 
     def __torch_function__(
         self,
@@ -106,23 +109,48 @@ class _Watch(TorchFunctionMode):
             sources = [self._source(tensor) for tensor in tensors]
             kind = Stack if func in _STACKS else Concat
             whole = [source for source in sources if source is not None]
-            self._made[id(made)] = (made, kind(whole, dim) if len(whole) == len(sources) else None)
+            recipe: Recipe | str | None = kind(whole, dim) if len(whole) == len(sources) else None
+            if recipe is not None and kind is Concat and len(whole) == 1:
+                recipe = whole[0]  # a copy, by the habit of some conversions
+            self._made[id(made)] = (made, recipe)
+        if self._made_of is not None:
+            self._follow(func, made, (*args, kwargs))
         return made
+
+    def sources(self, tensor: torch.Tensor) -> list[int]:
+        """The places of the sources that a tensor is made of; of all, unless they are followed."""
+        if self._made_of is None:
+            return list(range(len(self._taken)))
+        return sorted(self._parts_of(tensor))
+
+    def _follow(self, func: object, made: object, given: tuple[object, ...]) -> None:
+        parts = {place for tensor in _tensors(given) for place in self._parts_of(tensor)}
+        written = [made, given[0]] if func is torch.Tensor.__setitem__ else [made]
+        assert self._made_of is not None
+        for tensor in _tensors(written):
+            self._made_of.setdefault(tensor.untyped_storage()._cdata, set()).update(parts)
+            self._alive.append(tensor)
+
+    def _parts_of(self, tensor: torch.Tensor) -> set[int]:
+        assert self._made_of is not None
+        key = tensor.untyped_storage()._cdata
+        place = self._place.get(key)
+        return self._made_of.get(key, set()) | (set() if place is None else {place})
 
     def described(self, name: str, tensor: torch.Tensor) -> Traced:
         """What the result called ``name`` is."""
         shape = tuple(tensor.shape)
         source = self._source(tensor)
-        if source is None or not self._goes_together():
+        if source is None or not self._goes_together(self.sources(tensor)):
             return Traced(WeightInfo(name, tensor.dtype, shape, None), True)
         info = self._known[source] if isinstance(source, str) else gather(name, source, self._known)
         assert info.shape == shape, "what torch made of tensors without values has the shape of the recipe"
         return Traced(info if tensor.dtype == info.dtype else replace(info, wanted=tensor.dtype), False)
 
-    def _goes_together(self) -> bool:
-        """Whether all sources have one dtype in the file, and casting may come after moving."""
-        stored = {taken.info.dtype for taken in self._group.taken}
-        wanted = {taken.dtype or taken.info.dtype for taken in self._group.taken}
+    def _goes_together(self, places: Sequence[int]) -> bool:
+        """Whether these sources have one dtype in the file, and casting may come after moving."""
+        stored = {self._taken[place].info.dtype for place in places}
+        wanted = {self._taken[place].dtype or self._taken[place].info.dtype for place in places}
         return len(stored) == len(wanted) == 1 and (stored == wanted or all(map(is_castable, stored | wanted)))
 
     def _source(self, tensor: object) -> Recipe | str | None:
@@ -134,12 +162,22 @@ class _Watch(TorchFunctionMode):
         place = self._place.get(tensor.untyped_storage()._cdata)
         if place is None or not tensor.is_contiguous() or tensor._version or tensor.dtype != self.leaves[place].dtype:
             return None
-        info = _stretch(self._group.taken[place].info, tuple(tensor.shape), int(tensor.storage_offset()))
+        info = _stretch(self._taken[place].info, tuple(tensor.shape), int(tensor.storage_offset()))
         if info is None:
             return None
         key = f"{place}:{info.name}:{tensor.storage_offset()}:{info.shape}"
         self._known[key] = info
         return key
+
+
+def _tensors(found: object) -> Iterator[torch.Tensor]:
+    if isinstance(found, torch.Tensor):
+        yield found
+    elif isinstance(found, Mapping):
+        yield from _tensors(list(found.values()))
+    elif isinstance(found, list | tuple):
+        for one in found:
+            yield from _tensors(one)
 
 
 def _stretch(info: WeightInfo, shape: tuple[int, ...], offset: int) -> WeightInfo | None:

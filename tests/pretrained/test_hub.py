@@ -56,16 +56,19 @@ class Hub:
     def __init__(self, files: dict[str, str] | None = None, error: Exception | None = None) -> None:
         self.files, self.error = files or {}, error
         self.downloaded: list[str] = []
+        self.asked: list[dict[str, Any]] = []
 
     def answer(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         """Have huggingface_hub's functions ask this one."""
 
-        def list_repo_files(_: object, repository: str, *, revision: str | None = None) -> list[str]:
+        def list_repo_files(_: object, repository: str, *, revision: str | None = None, **how: Any) -> list[str]:
+            self.asked.append(how)
             if self.error is not None:
                 raise self.error
             return list(self.files)
 
-        def download(repository: str, name: str, *, revision: str | None = None) -> str:
+        def download(repository: str, name: str, *, revision: str | None = None, **how: Any) -> str:
+            self.asked.append(how)
             self.downloaded.append(name)
             place = cache / f"models--{repository.replace('/', '--')}"
             (place / "refs").mkdir(parents=True, exist_ok=True)
@@ -201,3 +204,43 @@ def test_which_files_are_wanted() -> None:
     assert wanted_files(names, with_code=True) == [*expected, "unet/code.py"]
     plain = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
     assert wanted_files([*plain, "consolidated.safetensors", "training_args.bin"], with_code=False) == plain[:3]
+
+
+def test_subfolders_variants_and_adapters_are_wanted_by_name() -> None:
+    """Of a subfolder only what is in it, of a variant what has it, and an adapter's two files, are downloaded."""
+    names = [
+        "config.json", "model.safetensors", "model.fp16.safetensors", "model.safetensors.index.json",
+        "model.safetensors.index.fp16.json", "model.fp16-00001-of-00002.safetensors", "pytorch_model.fp16.bin",
+        "sub/config.json", "sub/model.safetensors", "sub/in/config.json", "sub/in/model.safetensors",
+        "subway/config.json",
+    ]  # fmt: skip
+    inside = ["sub/config.json", "sub/model.safetensors", "sub/in/config.json", "sub/in/model.safetensors"]
+    assert wanted_files(names, with_code=False, subfolder="sub") == inside
+    assert wanted_files(names, with_code=False, subfolder="sub/in/") == inside[2:]
+    chosen = wanted_files(names, with_code=False, variant="fp16")
+    assert chosen == ["config.json", names[2], *names[4:6], *inside, "subway/config.json"]
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"]
+    assert wanted_files(adapter, with_code=False) == adapter[:2]
+
+
+def test_how_the_hub_is_asked(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """token=, cache_dir= and force_download= reach huggingface_hub; the model's name is the repository's."""
+    saved(llama, tmp_path / "made")
+    answers = Hub({f"part/{path.name}": str(path) for path in sorted((tmp_path / "made").iterdir())})
+    other = tmp_path / "other"
+    answers.answer(monkeypatch, other)
+    model: Any = odewei.from_pretrained(
+        "someone/tiny", token="secret", cache_dir=other, force_download=True, subfolder="part", revision="v1"
+    )
+    try:
+        assert answers.asked[0] == {"token": "secret"}
+        assert answers.asked[1] == {"token": "secret", "cache_dir": str(other), "force_download": True}
+        assert model.config.name_or_path == "someone/tiny"
+    finally:
+        odewei.close(model)
+    offline: Any = odewei.from_pretrained(
+        "someone/tiny", cache_dir=other, local_files_only=True, subfolder="part", revision="v1"
+    )
+    odewei.close(offline)
+    with pytest.raises(CheckpointNotFoundError, match="not in the cache"):
+        odewei.from_pretrained("someone/tiny", local_files_only=True)

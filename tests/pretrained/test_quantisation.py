@@ -14,6 +14,7 @@ from torch import nn
 
 import odewei
 from odewei.errors import CheckpointError, MissingPackageError
+from odewei.pretrained.quantisation import STREAMED
 from tests.models import llama, mixtral, same_bits
 from tests.pretrained.checkpoints import as_loaded, edit, saved
 from tests.pretrained.test_transformers_model import TEXT, check, loader_of, outputs, streamed
@@ -170,6 +171,75 @@ def test_an_unknown_method(tmp_path: Path) -> None:
     quantised(tmp_path, quant_method="new")
     with pytest.raises(CheckpointError, match="new"):
         odewei.from_pretrained(tmp_path)
+
+
+def as_fp8_whole(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every projection in float8 with one scale."""
+    made = {}
+    for name, value in found.items():
+        made[name] = value
+        if "proj" in name:
+            scale = value.float().abs().amax() / 448
+            made[name] = (value.float() / scale).to(torch.float8_e4m3fn)
+            made[f"{name}_scale_inv"] = scale
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float16])
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        (as_fp8, {"weight_block_size": [_BLOCK, _BLOCK], "activation_scheme": "dynamic"}),
+        (as_fp8_whole, {"weight_block_size": None, "activation_scheme": "dynamic"}),
+        (as_fp8_whole, {"weight_block_size": None, "activation_scheme": "static"}),
+    ],
+)
+def test_scales_of_fp8(change: Any, settings: dict[str, Any], dtype: Any, tmp_path: Path) -> None:
+    """Scales of blocks or of whole weights, some modules left as they are, in any dtype: transformers' values."""
+    kind = saved(lambda: llama().bfloat16(), tmp_path)
+    edit(tmp_path, lambda found: {**change(found), **{k: v for k, v in found.items() if "down_proj" in k}})
+    if settings["activation_scheme"] == "static":
+        scales = {f"model.layers.{n}.self_attn.q_proj.activation_scale": torch.ones(()) for n in range(2)}
+        edit(tmp_path, lambda found: {**found, **scales})
+    edit(tmp_path, lambda found: {k: v for k, v in found.items() if "down_proj.weight_scale" not in k})
+    quantised(tmp_path, quant_method="fp8", modules_to_not_convert=["lm_head", "down_proj"], **settings)
+    if dtype == "auto":
+        check(kind, tmp_path)
+        return
+    kept = kind.from_pretrained(tmp_path, dtype=dtype)  # transformers leaves what it dequantises in the scales' dtype
+    with streamed(tmp_path, dtype=dtype) as model:
+        found = model.state_dict()
+        for name, value in kept.state_dict().items():
+            assert found[name].dtype == value.dtype, name
+            assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("scale", ["weight_scale", "scale_weight"])
+def test_scales_that_the_method_does_not_know(scale: str, tmp_path: Path) -> None:
+    """Scales by another name than the method's are not passed over."""
+    saved(llama, tmp_path)
+    edit(tmp_path, lambda found: {k.replace("weight_scale_inv", scale): v for k, v in as_fp8(found).items()})
+    quantised(tmp_path, quant_method="fp8", weight_block_size=[_BLOCK, _BLOCK])
+    with pytest.raises(CheckpointError, match=rf"scales of its own.*{scale}"):
+        odewei.from_pretrained(tmp_path)
+
+
+def test_every_method_of_transformers(tmp_path: Path) -> None:
+    """Each that the installed transformers knows is streamed, or refused by its name, in one line."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    saved(llama, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for method in sorted(AUTO_QUANTIZER_MAPPING):
+        quantised(tmp_path, quant_method=method)
+        if method in STREAMED:
+            continue
+        with pytest.raises((CheckpointError, MissingPackageError), match=method) as raised:
+            odewei.from_pretrained(tmp_path)
+        assert "\n" not in str(raised.value)
+    for nothing in (None, {}):
+        (tmp_path / "config.json").write_text(json.dumps({**stored, "quantization_config": nothing}))
+        odewei.close(odewei.from_pretrained(tmp_path))
 
 
 def _installed(package: str) -> bool:
