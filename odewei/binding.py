@@ -444,7 +444,7 @@ def _held(tensors: Mapping[str, Real], anchor: torch.Tensor | None) -> set[str]:
         storage = storages[name]._cdata
         if (
             sys.getrefcount(real) > _REFERENCES
-            or real._use_count() > 1
+            or real._use_count() > 1  # type: ignore[attr-defined]
             or _storage_references(storage) > own[storage] + 1  # Python has one for all of its own
         ):
             found.add(name)

@@ -154,11 +154,11 @@ def _kind_wanted() -> str:
 def constant(real: torch.Tensor) -> torch.Tensor:
     """Without gradients, and without the tracer's notice."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         return real.detach()
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def real_of(placeholder: Placeholder) -> torch.Tensor:

@@ -62,6 +62,10 @@ class Stream(Protocol):
     def saved(self) -> SavedWeights:
         """The hooks for what autograd saves."""
 
+    @property
+    def runtime(self) -> Any:
+        """The streamed model that it is of."""
+
     def kept_state(self, home: Home) -> torch.Tensor | None:
         """As ``saved_state``, if that has to be there before anybody saves over the checkpoint; None otherwise."""
 
@@ -290,7 +294,7 @@ def take_over(
     )
     _swap(parameter, made)
     object.__setattr__(made, "__class__", nn.Parameter)  # it dies now
-    parameter.__class__ = kind
+    parameter.__class__ = kind  # type: ignore[assignment]
     home.owner = id(parameter)
     parameter.__dict__["home"] = home
 
@@ -316,11 +320,11 @@ def become(placeholder: Placeholder, value: torch.Tensor) -> None:
     if is_owner:
         home.stream.becomes_own(home, value.nbytes)
     kept = {key: found for key, found in placeholder.__dict__.items() if key not in _OURS}
-    in_graphs = placeholder._use_count() > 1
+    in_graphs = placeholder._use_count() > 1  # type: ignore[attr-defined]
     torch.Tensor.__setattr__(placeholder, "__class__", nn.Parameter if is_param else torch.Tensor)
     _swap(placeholder, own)
     if in_graphs and own.is_leaf and own.requires_grad:
-        own.register_post_accumulate_grad_hook(functools.partial(_hand_on, placeholder))
+        own.register_post_accumulate_grad_hook(functools.partial(_hand_on, placeholder))  # type: ignore[no-untyped-call]
     placeholder.__dict__.clear()
     placeholder.__dict__.update(kept)
     if grad is not None and grad.shape == value.shape and grad.dtype == value.dtype:
@@ -328,7 +332,7 @@ def become(placeholder: Placeholder, value: torch.Tensor) -> None:
     if hooks:
         placeholder._backward_hooks = hooks
     if after:
-        placeholder._post_accumulate_grad_hooks = after  # type: ignore[attr-defined]
+        placeholder._post_accumulate_grad_hooks = after
 
 
 _OURS = frozenset({"home", "_is_param", "_for_state", "_exposed", "_mapped"})

@@ -26,7 +26,7 @@ class Real(nn.Parameter):
     @classmethod
     def of(cls, tensor: torch.Tensor, requires_grad: bool) -> Real:
         """Over the memory of ``tensor``. To be called without gradients and outside of inference mode."""
-        made: Real = torch.Tensor._make_subclass(cls, tensor, requires_grad)  # type: ignore[assignment]
+        made: Real = torch.Tensor._make_subclass(cls, tensor, requires_grad)
         return made
 
     @property
@@ -49,7 +49,7 @@ class Real(nn.Parameter):
         if id(self) not in memo:
             with torch.no_grad():
                 memo[id(self)] = nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)
-        found: nn.Parameter = memo[id(self)]  # type: ignore[assignment]
+        found: nn.Parameter = memo[id(self)]
         return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import sys
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -298,13 +297,8 @@ class Runtime:
         if model is not None:
             _runtimes.pop(model, None)
             streamed_roots.discard(model)
-        if not self._is_used_elsewhere(stream):
-            self.close()
-
-    @staticmethod
-    def _is_used_elsewhere(stream: WeightStream | None) -> bool:
-        """Whether somebody has taken a parameter away, and keeps it: it goes on streaming."""
-        return sys.getrefcount(stream) > 4  # the caller's variable, the argument, and what calls take of them
+        # Nobody holds the stream any more when this returns, which closes it; unless somebody has taken a parameter away
+        # and keeps it: that goes on streaming.
 
     def _stream_copy(self, model: nn.Module, skeleton: Skeleton) -> None:
         """Make a copy of the model stream."""

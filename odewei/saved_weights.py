@@ -95,7 +95,7 @@ class SavedWeights:
                 hooks._pop()
 
     def _push(self) -> bool:
-        if not _autograd._saved_tensors_hooks_is_enabled():
+        if not _autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
             return False  # a transform (torch.func) allows none: it saves nothing beyond itself
         outer = _autograd._top_saved_tensors_default_hooks(False)
         pack, unpack = (None, None) if outer is None else outer
