@@ -19,13 +19,14 @@ from torch import nn
 from odewei.collector import without_collector
 
 with without_collector():  # it would look at all that torch has just made, for longer than this import takes
+    from odewei.edit import edit
     from odewei.errors import OdeweiError
     from odewei.loaders import open_checkpoint
     from odewei.memory_budget import MemoryBudget
     from odewei.pretrained import from_pretrained, stream_pipeline
     from odewei.profiling import Timeline, profile
     from odewei.report import Report
-    from odewei.runtime import find_runtime, runtime_of
+    from odewei.runtime import runtime_of, runtimes_in
     from odewei.throughput import generate_many
     from odewei.throughput import map as map  # not in __all__: a star import keeps Python's own
     from odewei.torch import init_on_demand_weights_model
@@ -39,6 +40,7 @@ __all__ = [
     "Timeline",
     "Trace",
     "close",
+    "edit",
     "from_pretrained",
     "generate_many",
     "init_on_demand_weights_model",
@@ -66,9 +68,8 @@ def materialize(model: nn.Module) -> nn.Module:
 
     Needs memory for all weights besides the budget. A model that is not streamed is returned as it is.
     """
-    runtime = find_runtime(model)
-    if runtime is not None:
-        runtime.materialize()
+    for runtime in runtimes_in(model):
+        runtime.materialize(model)
     return model
 
 
@@ -77,6 +78,5 @@ def close(model: nn.Module) -> None:
 
     May be called twice. Dropping the last reference to the model does the same.
     """
-    runtime = find_runtime(model)
-    if runtime is not None:
+    for runtime in runtimes_in(model):
         runtime.close()

@@ -1,14 +1,15 @@
 """What stands for the weights of a streamed model while ``copy.deepcopy`` copies it: parameters without values.
 
-Knows parameters and the memo of a copy. ``deep_copy`` makes a skeleton; the dictionaries and placeholders of the model,
-which the copy comes across, ask for it. What else odewei hangs on modules stays out of copies (``leave_out``).
+Knows parameters and the memo of a copy. ``deep_copy`` makes a skeleton; the parameters of the model, which the copy comes
+across, ask for it. Where there is none only a part of the model is copied: that becomes an ordinary one, with its values.
+What else odewei hangs on modules stays out of copies (``leave_out``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -16,58 +17,77 @@ from torch import nn
 from odewei.errors import ModelError
 from odewei.survey import Weight
 
-__all__ = ["Skeleton", "leave_out", "refuse_copy"]
+if TYPE_CHECKING:
+    from odewei.placeholder import Home, Placeholder
+
+__all__ = ["Inert", "Skeleton", "leave_out", "refuse_copy"]
 
 _KEY = "odewei: the streamed model that is being copied"  # other keys of a memo are numbers
 
 Memo = dict[Any, Any]
-T = TypeVar("T")
 
 
 def refuse_copy(*_: Any) -> NoReturn:
     """For ``__reduce_ex__`` of what hangs on every streamed model."""
     raise ModelError(
-        "a streamed model cannot be pickled, and no part of it can be copied by itself",
-        cure="Copy the whole model (copy.deepcopy), build it a second time, or call odewei.materialize(model) first",
+        "a streamed model cannot be pickled, nor can a part of it",
+        cure="Pickle its state_dict(), an ordinary copy of the part (copy.deepcopy(part)), or call "
+        "odewei.materialize(model) first",
     )
 
 
-def leave_out(self: T, memo: Memo) -> T:
-    """For ``__deepcopy__`` of what is taken out of a copy at its end."""
-    Skeleton.of(memo)
-    return self
+class Inert:
+    """What a hook's object is in an ordinary copy of a part: it does nothing."""
+
+    _driver = _experts = _stream = None
+
+    def before(self, module: nn.Module, args: Any) -> None: ...
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None: ...
+
+
+def leave_out(self: object, memo: Memo) -> object:
+    """For ``__deepcopy__`` of hooks: they are taken out of a copy at its end, or never do anything in it."""
+    return self if isinstance(memo.get(_KEY), Skeleton) else Inert()
 
 
 class Skeleton:
     """The parameters of one copy: one for each weight, whatever refers to it.
 
-    ``origin`` is what its placeholders come from. ``weight_of`` a unit and name, and ``changed``, its real parameter if
-    it was written to: its values are copied.
+    ``stream`` is what the model's parameters come from, ``weight_of`` what it knows of one, and ``changed`` its real
+    parameter if it was written to: its values are copied. ``weights`` are, by the numbers (``id``) of the parameters
+    that were made without values, what they stand for.
     """
 
     def __init__(
         self,
-        origin: object,
-        weight_of: Callable[[int, str], Weight],
-        changed: Callable[[int, str], nn.Parameter | None],
+        stream: object,
+        weight_of: Callable[[Home], Weight],
+        changed: Callable[[Home], nn.Parameter | None],
     ) -> None:
-        self._origin = origin
+        self._stream = stream
         self._weight_of = weight_of
         self._changed = changed
         self._made: dict[tuple[int, str], nn.Parameter] = {}
+        self.weights: dict[int, Weight] = {}
 
-    def parameter(self, unit: int, name: str) -> nn.Parameter:
+    def parameter(self, placeholder: Placeholder) -> nn.Parameter:
         """What stands for a weight."""
-        if (unit, name) not in self._made:
-            self._made[unit, name] = self._make(unit, name)
-        return self._made[unit, name]
+        home = placeholder.home
+        key = home.unit, home.name
+        if key not in self._made:
+            self._made[key] = self._make(placeholder)
+        return self._made[key]
 
-    def _make(self, unit: int, name: str) -> nn.Parameter:
-        weight, changed = self._weight_of(unit, name), self._changed(unit, name)
+    def _make(self, placeholder: Placeholder) -> nn.Parameter:
+        changed = self._changed(placeholder.home)
         if changed is not None:
-            return nn.Parameter(changed.detach().clone(), requires_grad=False)
+            return nn.Parameter(changed.detach().clone(), requires_grad=placeholder.requires_grad)
+        weight = self._weight_of(placeholder.home)
         empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        return nn.Parameter(empty, requires_grad=weight.requires_grad)
+        made = nn.Parameter(empty, requires_grad=placeholder.requires_grad)
+        self.weights[id(made)] = weight
+        return made
 
     @contextmanager
     def used_by(self, memo: Memo) -> Iterator[None]:
@@ -80,15 +100,7 @@ class Skeleton:
             memo[_KEY] = outer
 
     @staticmethod
-    def found_in(memo: Memo, origin: object) -> Skeleton | None:
-        """That of the copy under way, if it is of the model with this origin."""
+    def found_in(memo: Memo, stream: object) -> Skeleton | None:
+        """That of the copy under way, if it is of the model with this stream."""
         found = memo.get(_KEY)
-        return found if isinstance(found, Skeleton) and found._origin is origin else None
-
-    @staticmethod
-    def of(memo: Memo) -> Skeleton:
-        """That of the copy under way. Raises ModelError if only a part of a streamed model is copied."""
-        found = memo.get(_KEY)
-        if not isinstance(found, Skeleton):
-            refuse_copy()
-        return found
+        return found if isinstance(found, Skeleton) and found._stream is stream else None

@@ -1,8 +1,9 @@
 """``copy.deepcopy`` of a streamed model: a second one, independent, that streams from the same checkpoint.
 
 Everything but the weights is copied as usual: buffers, attributes, hooks of the user, parameters that the user has put
-into the model or changed in place. Weights become parameters without values, and the copy streams like a new model.
-Parts of a streamed model cannot be copied by themselves, and nothing of it can be pickled.
+into the model or changed in place. Weights become parameters without values, and the copy streams like a new model. What
+a parameter is follows from the object, not from its name, so that a model whose layers were moved, wrapped or taken out
+is copied as it is now. Nothing of a streamed model can be pickled.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class DeepCopy:
     __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
 
     def __init__(
-        self, model: nn.Module, skeleton: Callable[[], Skeleton], stream: Callable[[nn.Module], object]
+        self, model: nn.Module, skeleton: Callable[[], Skeleton], stream: Callable[[nn.Module, Skeleton], object]
     ) -> None:
         self._model = weakref.ref(model)
         self._skeleton = skeleton
@@ -41,9 +42,10 @@ class DeepCopy:
     def __call__(self, memo: dict[Any, Any]) -> nn.Module:
         model = self._model()
         assert model is not None, "it hangs on the model"
-        with self._skeleton().used_by(memo):
+        skeleton = self._skeleton()
+        with skeleton.used_by(memo):
             made = _copied(model, memo)
-        self._stream(made)
+        self._stream(made, skeleton)
         return made
 
     @staticmethod

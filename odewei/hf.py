@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from odewei.sliced import Experts, Sliced
+from odewei.placeholder import Placeholder
+from odewei.sliced import Experts, SlicedWeight
 
 __all__ = ["NAME", "register_experts"]
 
@@ -73,7 +74,8 @@ def _register_if_loaded() -> bool:
 def _streamed(module: nn.Module) -> list[Experts]:
     """What of the module's experts is read one by one; nothing if the model is not streamed, or reads them whole."""
     values: Iterable[object] = module._parameters.values()
-    return list(dict.fromkeys(value.sliced.experts for value in values if isinstance(value, Sliced)))
+    parts = (value.home.part for value in values if type(value) is Placeholder)
+    return list(dict.fromkeys(part.experts for part in parts if isinstance(part, SlicedWeight)))
 
 
 def _routed(arguments: Sequence[object], count: int) -> list[int]:

@@ -13,11 +13,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from odewei.binding import WeightStream
 from odewei.convoy import pass_begins, pass_ends
 from odewei.copies import leave_out, refuse_copy
+from odewei.module_binding import UnitBinding, UnitBindings
 from odewei.scheduler.drivers import Driver
 from odewei.scheduler.records import Account
 from odewei.sliced import Experts
@@ -26,7 +29,9 @@ from odewei.uncompiled import uncompiled
 __all__ = ["Hooks", "unhook"]
 
 
-_UNITS = "_odewei_units"  # of a module's dictionary: the number of its unit, or a tuple of several
+_UNITS = "_odewei_units"  # of a module's dictionary: the binding of its unit, or a tuple of several
+
+_PASS = "_odewei_pass"  # of that of the whole model
 
 
 class _Pair(Protocol):
@@ -36,66 +41,97 @@ class _Pair(Protocol):
 
 
 class _UnitHooks:
-    """The unit of a module is entered and left. One for all modules of a model: each has its unit in its dictionary."""
+    """The unit of a module is entered and left. One for all modules of a model: each has its unit in its dictionary.
 
-    __slots__ = ("_driver",)
+    A module that has none does nothing: somebody has copied the hooks of another one to it.
+    """
+
+    __slots__ = ("_driver", "_stream")
     __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
+    def __init__(self, driver: Driver, stream: WeightStream) -> None:
+        self._driver, self._stream = driver, stream
 
     @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
-        self._driver.enter(module.__dict__[_UNITS], sys._getframe(1))  # the module's call, which ends with its forward
+        unit = module.__dict__.get(_UNITS)
+        if unit is None:
+            return
+        self._driver.enter(unit.id, sys._getframe(1))  # the module's call, which ends with its forward
+        unit.enter()
+        if torch.is_grad_enabled():
+            self._stream.saved.begin(unit)
 
     @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._driver.leave(module.__dict__[_UNITS])
+        unit = module.__dict__.get(_UNITS)
+        if unit is None:
+            return
+        self._stream.saved.end(unit)
+        unit.leave()
+        self._driver.leave(unit.id)
 
 
 class _SeveralHooks:
     """Several units of a module are entered in order and left in reverse. One for all modules of a model."""
 
-    __slots__ = ("_driver",)
+    __slots__ = ("_driver", "_stream")
     __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
+    def __init__(self, driver: Driver, stream: WeightStream) -> None:
+        self._driver, self._stream = driver, stream
 
     @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
-        frame, units = sys._getframe(1), module.__dict__[_UNITS]
+        frame, units = sys._getframe(1), module.__dict__.get(_UNITS) or ()
         for entered, unit in enumerate(units):
             try:
-                self._driver.enter(unit, frame)
+                self._driver.enter(unit.id, frame)
             except BaseException:
                 for earlier in units[:entered]:
-                    self._driver.leave(earlier)
+                    self._driver.leave(earlier.id)
                 raise
+        for unit in units:
+            unit.begin()  # so that a module with weights of all of them finds all of them entered
+        for unit in units:
+            unit.bind()
+        if units and torch.is_grad_enabled():
+            self._stream.saved.begin(units[0])
 
     @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        for unit in reversed(module.__dict__[_UNITS]):
-            self._driver.leave(unit)
+        units = module.__dict__.get(_UNITS) or ()
+        if units:
+            self._stream.saved.end(units[0])
+        for unit in reversed(units):
+            unit.leave()
+            self._driver.leave(unit.id)
 
 
 class _PassHooks:
     """Tell the scheduler when a thread is inside the model."""
 
-    __slots__ = ("_account", "_driver")
+    __slots__ = ("_account", "_driver", "_stream")
     __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
 
-    def __init__(self, driver: Driver, account: Account) -> None:
-        self._driver = driver
-        self._account = account
+    def __init__(self, driver: Driver, stream: WeightStream, account: Account) -> None:
+        self._driver, self._stream, self._account = driver, stream, account
 
     @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
+        if _PASS not in module.__dict__:
+            return
         pass_begins(self._account.counters.bytes_read)
-        self._driver.enter_pass(self._account, sys._getframe(1))
+        if self._driver.enter_pass(self._account, sys._getframe(1)):
+            self._stream.saved.clear()
+        if torch.is_grad_enabled():
+            self._stream.saved.begin(self)
 
     @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if _PASS not in module.__dict__:
+            return
+        self._stream.saved.end(self)
         self._driver.leave_pass(self._account)
         pass_ends()
 
@@ -107,15 +143,17 @@ class _ExpertHooks:
     __deepcopy__, __reduce_ex__ = leave_out, refuse_copy
 
     def __init__(self, experts: Experts) -> None:
-        self._experts = experts
+        self._experts: Experts | None = experts
 
     @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
-        self._experts.enter(sys._getframe(1))
+        if self._experts is not None:
+            self._experts.enter(sys._getframe(1))
 
     @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._experts.leave()
+        if self._experts is not None:
+            self._experts.leave()
 
 
 class Hooks:
@@ -126,20 +164,20 @@ class Hooks:
     always called: torch only asks whether a key is in it, and no two hooks have the same.
     """
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
+    def __init__(self, driver: Driver, stream: WeightStream) -> None:
+        self._driver, self._stream = driver, stream
         self._keys: dict[type[_Pair], int] = {kind: _new_key() for kind in _ALL}
         self._always: OrderedDict[int, bool] = OrderedDict.fromkeys(self._keys.values(), True)
-        one, several = _UnitHooks(driver), _SeveralHooks(driver)
+        one, several = _UnitHooks(driver, stream), _SeveralHooks(driver, stream)
         self._one, self._several = (one.before, one.after), (several.before, several.after)
 
-    def unit(self, module: nn.Module, units: Sequence[int]) -> None:
+    def unit(self, module: nn.Module, units: Sequence[UnitBinding]) -> None:
         """Have ``module`` lease ``units`` while its forward runs."""
         if len(units) == 1:
             module.__dict__[_UNITS] = units[0]
             self._put(module, self._keys[_UnitHooks], *self._one)
         else:
-            module.__dict__[_UNITS] = tuple(units)
+            module.__dict__[_UNITS] = UnitBindings(units)
             self._put(module, self._keys[_SeveralHooks], *self._several)
 
     def experts(self, module: nn.Module, experts: Experts) -> None:
@@ -149,7 +187,8 @@ class Hooks:
 
     def whole_pass(self, model: nn.Module, account: Account) -> None:
         """Have the scheduler know when a thread is inside the model. To be called after all ``unit``."""
-        pair = _PassHooks(self._driver, account)
+        pair = _PassHooks(self._driver, self._stream, account)
+        model.__dict__[_PASS] = True
         self._put(model, self._keys[_PassHooks], pair.before, pair.after)
 
     def _put(self, module: nn.Module, key: int, before: Callable[..., None], after: Callable[..., None]) -> None:
@@ -175,6 +214,7 @@ def _new_key() -> int:
 def unhook(module: nn.Module) -> None:
     """Take the hooks out. They are found by what they are."""
     module.__dict__.pop(_UNITS, None)
+    module.__dict__.pop(_PASS, None)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(getattr(hook, "__self__", None), _ALL):

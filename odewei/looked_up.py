@@ -1,8 +1,7 @@
-"""The weight of a table that is only looked up: ``F.embedding`` on it reads the rows that the ids ask for.
+"""A table that is only looked up: ``F.embedding`` on it reads the rows that the ids ask for.
 
-It is what a module's attribute *and* iterating its parameters hand out for such a table. What is done with it decides,
-not which module does it: a look-up takes rows; questions about shape, dtype, device and the like are answered at once;
-anything else loads the whole table and goes on with the real tensor (see ``in_parts``).
+What is done with the weight decides, not which module does it: a look-up takes rows; anything else loads the whole table
+and goes on with the real tensor (see ``substitution``).
 
 Look-ups whose ids are not plain numbers in memory (under ``vmap``, tracers and dispatch modes, which want to see every
 operation) take the whole table too.
@@ -10,43 +9,44 @@ operation) take the whole table too.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from odewei.in_parts import InParts, is_watched
-from odewei.placeholder import Origin
+from odewei.placeholder import Placeholder
 from odewei.scheduler.row_slots import Ids
 from odewei.scheduler.rows import RowTable
+from odewei.substitution import is_watched
 
-__all__ = ["LookedUp"]
+__all__ = ["LookUps"]
 
 
-class LookedUp(InParts):
-    """Made with :meth:`of`."""
+class LookUps:
+    """What answers look-ups in one table."""
 
-    _table: RowTable
+    def __init__(self, table: RowTable) -> None:
+        self.table = table
 
-    @classmethod
-    def of(
-        cls, unit: int, table: RowTable, origin: weakref.ref[Origin], resident: Callable[[], nn.Parameter | None]
-    ) -> LookedUp:
-        """``unit`` and ``origin`` as for Placeholder. ``resident`` returns the real tensor if it is loaded now: the
-        user may have written into it.
-        """
-        place = table.place
-        made = cls.make(unit, place.weight, (place.rows, place.columns), place.dtype, None, origin)
-        made._table, made._resident = table, resident
-        return made
-
-    @classmethod
-    def _from_a_part(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def answer(
+        self, weight: Placeholder, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """What a function gives, if it looks rows up; None: it takes the whole table."""
         arguments = _LOOK_UPS.get(func)
-        return arguments and _look_up(func, *arguments(*args, **kwargs))
+        return arguments and _look_up(func, self.table, weight, arguments(*args, **kwargs))
+
+
+class _Arguments(NamedTuple):
+    """Of a look-up. ``writes``: the call writes into the table."""
+
+    ids: Any
+    weight: Any
+    padding_idx: int | None
+    writes: bool
+    scale_grad_by_freq: bool
+    sparse: bool
 
 
 def _of_functional(
@@ -57,38 +57,68 @@ def _of_functional(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> tuple[Any, Any, int | None, bool]:
-    """The signature of ``torch.nn.functional.embedding``. Ids, table, padding, and whether the call writes."""
-    return input, weight, padding_idx, max_norm is not None
+) -> _Arguments:
+    """The signature of ``torch.nn.functional.embedding``."""
+    return _Arguments(input, weight, padding_idx, max_norm is not None, scale_grad_by_freq, sparse)
 
 
 def _of_torch(
     weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
-) -> tuple[Any, Any, int | None, bool]:
+) -> _Arguments:
     """That of ``torch.embedding``, which does not look at ``padding_idx`` when it goes forward."""
-    return indices, weight, None, False
+    return _Arguments(indices, weight, None if padding_idx < 0 else padding_idx, False, scale_grad_by_freq, sparse)
 
 
-_LOOK_UPS: dict[Callable[..., Any], Callable[..., tuple[Any, Any, int | None, bool]]] = {
+_LOOK_UPS: dict[Callable[..., Any], Callable[..., _Arguments]] = {
     nn.functional.embedding: _of_functional,
     torch.embedding: _of_torch,
 }
 
 
-def _look_up(func: Callable[..., Any], ids: Any, weight: Any, padding_idx: int | None, writes: bool) -> Any:
-    """The rows, or None: this call needs the whole table. Weights are frozen, so what only backward uses is not."""
-    if not isinstance(weight, LookedUp) or type(ids) not in (torch.Tensor, nn.Parameter) or writes or is_watched():
+def _look_up(func: Callable[..., Any], table: RowTable, weight: Placeholder, call: _Arguments) -> Any:
+    """The rows, or None: this call needs the whole table."""
+    ids, padding_idx = call.ids, call.padding_idx
+    if call.weight is not weight or type(ids) not in (torch.Tensor, nn.Parameter) or call.writes or is_watched():
         return None
-    real = weight._resident()
-    if real is not None:
-        return _call(func, ids, real, padding_idx)
-    place = weight._table.place
+    if weight.home.stream.resident(weight.home) is not None:
+        return None
+    place = table.place
     rows = _as_rows(ids, place.rows)
-    if rows is None or not (padding_idx is None or -place.rows <= padding_idx < place.rows):
+    valid = func is torch.embedding or padding_idx is None or -place.rows <= padding_idx < place.rows
+    if rows is None or not valid:
         like = torch.empty((1, 1), dtype=place.dtype, device="cpu").expand(place.rows, place.columns)
         _call(func, ids, like, padding_idx)  # raises what it would raise for the table
         return None
-    return weight._table.look_up(rows).view(*ids.shape, place.columns)
+    found = table.look_up(rows).view(*ids.shape, place.columns)
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return found
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += place.rows
+    with torch._C.DisableTorchFunctionSubclass():
+        return _Rows.apply(found, weight, ids, padding_idx, call.scale_grad_by_freq, call.sparse)  # type: ignore[no-untyped-call]
+
+
+class _Rows(torch.autograd.Function):
+    """Rows that were read, with gradients for the table: those of ``F.embedding``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        ids: torch.Tensor,
+        padding_idx: int | None,
+        scale_grad_by_freq: bool,
+        sparse: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.arguments = weight.shape[0], -1 if padding_idx is None else padding_idx, scale_grad_by_freq, sparse
+        return rows.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        return None, torch.ops.aten.embedding_backward(grad, ids, *ctx.arguments), None, None, None, None
 
 
 def _call(func: Callable[..., Any], ids: torch.Tensor, table: torch.Tensor, padding_idx: int | None) -> Any:

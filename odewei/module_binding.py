@@ -1,12 +1,15 @@
-"""One module's streamed parameters: the two dictionaries that it has by turns, and which of them is in place.
+"""A module's parameters as its forward finds them: the two dictionaries that a module has by turns.
 
-*Bound* has the real parameters; *unbound* loads a weight when its name is looked up, like any other access. Attribute
-access always hands out a real tensor, because torch leaves its fast paths when it sees a subclass. The bound one is in
-place when all units that the module draws from are resident. Iterating either yields placeholders and loads nothing:
-the same objects whatever is resident, so that a tied weight is one to whoever counts while units come and go.
+Between passes it has the *idle* one, whose values are the parameters themselves, streamed ones without their bytes. While
+a thread is inside a module that a unit hangs on, the modules below it that draw from the unit have a *bound* one, which
+hands out real tensors as an ordinary dictionary does, because torch leaves its fast paths when it sees a subclass.
+Iterating either yields the parameters, the same objects whatever is resident.
 
-The driver's thread swaps; forward threads only look. Whatever they find is right: the real tensor, kept alive by their
-reference, or a load. The module is held weakly.
+Which of the two is in place decides about speed only. A forward that finds the idle one gets real tensors too, loaded if
+need be; and whoever finds the bound one from outside gets one that is right as long as the unit is here.
+
+Nothing here refers to a module but weakly, and nothing that the scheduler's side refers to refers to a parameter: who
+has neither module nor parameter any more has let the stream go.
 """
 
 from __future__ import annotations
@@ -14,248 +17,320 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from odewei.copies import Skeleton, refuse_copy
-from odewei.in_parts import InParts
+from odewei.copies import refuse_copy
 from odewei.placeholder import Placeholder
+from odewei.real import Real, in_graph
 
 if TYPE_CHECKING:
     from odewei.binding import Binder
 
-__all__ = ["ModuleBinding"]
+__all__ = ["BoundParameters", "IdleParameters", "UnitBinding", "UnitBindings", "idle_of"]
 
 
-class _Streamed(dict[str, Any]):
-    """Either dictionary of a module. What the user stores in it becomes the user's own, in both."""
+class IdleParameters(dict[str, Any]):
+    """Looking up a streamed name inside a pass loads it and hands out what computes; outside, the parameter itself."""
 
-    __slots__ = ("_binding",)
+    __slots__ = ("changes",)
 
-    def __init__(self, items: Mapping[str, Any], binding: ModuleBinding) -> None:
+    def __init__(self, items: Mapping[str, Any]) -> None:
         super().__init__(items)
-        self._binding = binding
+        self.changes = 0  # what was made from an earlier state is out of date
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if type(value) is not Placeholder or value.home.part is not None or not value.home.stream.is_inside():
+            return value
+        if sys._getframe(2).f_code.co_name == "extra_repr":  # of the module: printing a model must not read it
+            return value
+        return real_of(value)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401  (dict.get would not look it up)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._binding.adopt(name, value)
+        self.changes += 1
+        super().__setitem__(name, _original(value))
 
     def __delitem__(self, name: str) -> None:
-        if name not in self:
-            raise KeyError(name)
-        self._binding.disown(name)
+        self.changes += 1
+        super().__delitem__(name)
 
     def pop(self, name: str, *default: Any) -> Any:
-        if name not in self:
-            return super().pop(name, *default)
-        value = self[name]
-        del self[name]
-        return value
+        self.changes += 1
+        return super().pop(name, *default)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def clear(self) -> None:
+        self.changes += 1
+        super().clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        return self._binding.copied(memo)
+        return copy.deepcopy(dict(self.items()), memo)
 
     def __reduce__(self) -> Any:
         refuse_copy()
 
     def copy(self) -> dict[str, Any]:
-        return dict(self)
+        return dict(self.items())
 
 
-class BoundParameters(_Streamed):
-    """Looking a name up is that of an ordinary dictionary, and finds real parameters only."""
+class BoundParameters(dict[str, Any]):
+    """Looking a name up is that of an ordinary dictionary. What is stored in it is stored in ``idle``, too."""
+
+    __slots__ = ("idle",)
+
+    def __init__(self, items: Mapping[str, Any], idle: IdleParameters) -> None:
+        super().__init__(items)
+        self.idle = idle
+
+    def items(self) -> Any:
+        return self.idle.items()
+
+    def values(self) -> Any:
+        return self.idle.values()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.idle[name] = value
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        del self.idle[name]
+        super().__delitem__(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self.idle.pop(name, *default)
+        return super().pop(name, *default)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def clear(self) -> None:
+        self.idle.clear()
+        super().clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(dict(self.idle.items()), memo)
+
+    def __reduce__(self) -> Any:
+        refuse_copy()
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.idle.items())
+
+
+def _original(value: Any) -> Any:
+    """What is to be kept: who puts another parameter in the place of one for a while puts that back, as it found it."""
+    if type(value) is not Real:
+        return value
+    from odewei.binding import original_of  # it needs this module
+
+    return original_of(value) or value
+
+
+_PLAIN, _IN_GRAPH, _TRACED = "plain", "in graph", "traced"
+
+
+def _kind_wanted() -> str:
+    """What modules are to be given: the real parameters; what leads gradients to the parameters that have no values;
+    or constants, which is what weights are to the tracer of torch.jit.
+
+    Autocast keeps its casts of whatever is a leaf and may be trained, a second model, until it ends: it gets no leaves.
+    """
+    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+        return _IN_GRAPH if torch._C._get_tracing_state() is None else _TRACED
+    return _PLAIN if torch._C._get_tracing_state() is None else _TRACED
+
+
+def constant(real: torch.Tensor) -> torch.Tensor:
+    """Without gradients, and without the tracer's notice."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return real.detach()
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def real_of(placeholder: Placeholder) -> torch.Tensor:
+    """What computes, for a forward that takes a weight outside of the module that its unit hangs on."""
+    real = placeholder.home.stream.resident(placeholder.home)
+    if real is None:
+        real = placeholder.fetch()
+    kind = _kind_wanted()
+    if kind is _TRACED:
+        return constant(real)
+    if placeholder.requires_grad and kind is _IN_GRAPH:
+        return in_graph([placeholder], [real])[0]
+    return real if placeholder.is_owner else real.detach().requires_grad_(placeholder.requires_grad)
+
+
+def idle_of(parameters: Any) -> Any:
+    """A module's parameters as they are between passes."""
+    return parameters.idle if type(parameters) is BoundParameters else parameters
+
+
+class UnitBinding:
+    """What entering one unit binds. The module that the unit hangs on has it in its dictionary, and keeps it alive.
+
+    ``id`` is the scheduler's number of the unit, ``unit`` the model's. Forward threads enter and leave; the driver's
+    clears. Every state that this may be in is right, so there is no lock.
+    """
+
+    __slots__ = ("__weakref__", "_binder", "_bound", "_inside", "_kind", "_modules", "id", "unit")
+
+    def __init__(self, unit: int, modules: Sequence[nn.Module], binder: Binder) -> None:
+        """``modules`` are those that have weights of the unit."""
+        self.id = -1
+        self.unit = unit
+        self._binder = binder
+        self._modules = tuple(weakref.ref(module) for module in modules)
+        self._bound: list[tuple[weakref.ref[nn.Module], IdleParameters, BoundParameters, int]] | None = None
+        self._kind = _PLAIN  # of what is bound
+        self._inside = 0
+
+    def enter(self) -> None:
+        """This thread is inside, and the unit is resident and leased."""
+        self._inside += 1
+        self.bind()
+
+    def begin(self) -> None:
+        """The first half of ``enter``."""
+        self._inside += 1
+
+    def bind(self) -> None:
+        """The second half of ``enter``."""
+        bound, kind = self._bound, _kind_wanted()
+        if bound is None or (self._kind is not kind and (self._kind is _TRACED or kind is not _PLAIN)):
+            bound = self._make(kind)
+        for reference, idle, parameters, changes in bound:
+            module = reference()
+            if module is None:
+                continue
+            own = module.__dict__
+            if own["_parameters"] is idle:
+                if idle.changes != changes:  # somebody has put other parameters there since
+                    inside = self._inside
+                    self.clear()
+                    self._inside = inside
+                    self.bind()
+                    return
+                own["_parameters"] = parameters
+                if "_flat_weights" in own:
+                    follow(module, parameters)
+
+    def leave(self) -> None:
+        """This thread leaves."""
+        self._inside -= 1
+        if self._inside <= 0:
+            self._inside = 0
+            self._put_idle(self._bound or ())
+
+    def clear(self) -> None:
+        """Let go of all real tensors: nobody is inside."""
+        bound, self._bound, self._inside = self._bound, None, 0
+        self._put_idle(bound or ())
+
+    def owns(self, real: object) -> Placeholder | None:
+        """The parameter that a real tensor was bound for."""
+        for _, idle, parameters, _ in self._bound or ():
+            for name, value in idle.items():
+                if type(value) is Placeholder and dict.get(parameters, name) is real:
+                    return value
+        return None
+
+    @staticmethod
+    def _put_idle(bound: Iterable[tuple[weakref.ref[nn.Module], IdleParameters, BoundParameters, int]]) -> None:
+        for reference, idle, _, _ in bound:
+            module = reference()
+            if module is not None:
+                own = module.__dict__
+                if own["_parameters"] is not idle and idle_of(own["_parameters"]) is idle:
+                    own["_parameters"] = idle
+                    if "_flat_weights" in own:
+                        follow(module, idle)
+
+    def _make(self, kind: str) -> list[tuple[weakref.ref[nn.Module], IdleParameters, BoundParameters, int]]:
+        """Dictionaries with what is resident now. A module that lacks something stays idle."""
+        found: list[tuple[weakref.ref[nn.Module], IdleParameters, dict[str, Any], int]] = []
+        reals: dict[int, torch.Tensor] = {}
+        trained: list[Placeholder] = []
+        for reference in self._modules:
+            module = reference()
+            idle = None if module is None else idle_of(module.__dict__["_parameters"])
+            if type(idle) is not IdleParameters:
+                continue
+            changes = idle.changes
+            items = dict(idle.items())
+            streamed = [value for value in items.values() if type(value) is Placeholder and value.home.part is None]
+            for value in streamed:
+                if id(value) not in reals and (real := self._real(value)) is not None:
+                    reals[id(value)] = real
+                    if kind is _TRACED:
+                        reals[id(value)] = constant(real)
+                    elif kind is _IN_GRAPH and value.requires_grad:
+                        trained.append(value)
+            if all(id(value) in reals for value in streamed):
+                found.append((reference, idle, items, changes))
+        if trained:
+            made = in_graph(trained, [reals[id(value)] for value in trained])
+            reals.update(zip(map(id, trained), made, strict=True))
+        self._kind = kind
+        self._bound = [
+            (
+                reference,
+                idle,
+                BoundParameters({name: reals.get(id(value), value) for name, value in items.items()}, idle),
+                changes,
+            )
+            for reference, idle, items, changes in found
+        ]
+        return self._bound
+
+    def _real(self, placeholder: Placeholder) -> torch.Tensor | None:
+        """Its real tensor, if a lease keeps it: that of this unit, or of another one that is entered, too."""
+        home = placeholder.home
+        if not placeholder.is_owner or home.stream is not self._binder.stream():
+            return None
+        if home.unit != self.unit and not self._binder.is_entered(home.unit):
+            return None
+        return self._binder.resident(home)
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether some thread is inside."""
+        return self._inside > 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copied module has a binding of its own, or none
+
+    def __reduce__(self) -> Any:
+        refuse_copy()
+
+    def __repr__(self) -> str:
+        return f"<UnitBinding of unit {self.unit}: {len(self._modules)} modules, {self._inside} inside>"
+
+
+def follow(module: nn.Module, parameters: dict[str, Any]) -> None:
+    """Recurrent modules keep a second list of their weights."""
+    if isinstance(module, nn.RNNBase):
+        flat = [dict.get(parameters, name) for name in module._flat_weights_names]
+        module.__dict__["_flat_weights"] = flat
+
+
+class UnitBindings(tuple[UnitBinding, ...]):
+    """Those of a module that several units hang on."""
 
     __slots__ = ()
 
-    def items(self) -> Any:
-        return self._binding.placeholders().items()
-
-    def values(self) -> Any:
-        return self._binding.placeholders().values()
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, value)
-        dict.__setitem__(self, name, value)
-
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        dict.__delitem__(self, name)
-
-
-class UnboundParameters(_Streamed):
-    """Looking a streamed name up loads it; iterating yields placeholders."""
-
-    def __getitem__(self, name: str) -> Any:
-        kept = super().__getitem__(name)
-        if sys._getframe(2).f_code.co_name == "extra_repr":  # of the module: printing a model must not read it
-            return kept
-        return self._binding.look_up(name, kept)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default  # noqa: SIM401  (dict.get would not look it up)
-
-
-class ModuleBinding:
-    """One module that has streamed weights: ``names`` are its parameters that are bound when their units are resident,
-    ``tables`` those that are only looked up, which never are: their placeholders serve all.
-    """
-
-    __slots__ = (
-        "_binder",
-        "_names",
-        "_real",
-        "_replaced",
-        "_tables",
-        "_unbound",
-        "module",
-    )
-
-    def __init__(self, module: nn.Module, binder: Binder) -> None:
-        """Take the module's dictionary over. Nothing of it is streamed yet."""
-        self.module = weakref.ref(module)
-        self._names: tuple[str, ...] = ()
-        self._tables: tuple[str, ...] = ()
-        self._binder = binder
-        self._replaced: dict[str, Placeholder] | None = None  # what the user has put something else in the place of
-        self._real: dict[str, nn.Parameter] | None = None  # those that are here
-        self._unbound = module.__dict__["_parameters"] = UnboundParameters(module._parameters, self)
-
-    def take(self, local_name: str, placeholder: Placeholder) -> nn.Parameter:
-        """Stream a parameter from now on; returns what the module had. ``settle`` has to follow the last of them."""
-        had: nn.Parameter = dict.__getitem__(self._unbound, local_name)
-        dict.__setitem__(self._unbound, local_name, placeholder)
-        module = self.module()
-        if isinstance(module, nn.RNNBase):
-            _follow(module, self._unbound)  # it would keep what was there
-        return had
-
-    def settle(self, kinds: dict[tuple[str, ...], tuple[str, ...]]) -> None:
-        """All that is streamed has been taken. ``kinds``: thousands of modules have the same names."""
-        taken = [item for item in dict.items(self._unbound) if isinstance(item[1], Placeholder)]
-        names = tuple(name for name, found in taken if not isinstance(found, InParts))
-        tables = tuple(name for name, found in taken if isinstance(found, InParts))
-        self._names, self._tables = kinds.setdefault(names, names), kinds.setdefault(tables, tables)
-        self.put()
-
-    def placeholders(self) -> UnboundParameters:
-        """All that the module has, as it is when no unit is here."""
-        return self._unbound
-
-    def bind(self, local_name: str, parameter: nn.Parameter) -> None:
-        """One weight is here."""
-        if local_name in self._names:
-            if self._real is None:
-                self._real = {}
-            self._real[local_name] = parameter
-            if len(self._real) == len(self._names):
-                self.put()
-
-    def unbind(self, local_name: str) -> None:
-        """One weight leaves. After an interrupt in the middle of this it may leave twice."""
-        if local_name in self._names:
-            if self._real is not None and self._real.pop(local_name, None) is not None and not self._real:
-                self._real = None
-            self.put()
-
-    def replace_placeholder(self, local_name: str, placeholder: Placeholder) -> None:
-        """The weight turned out to have another dtype."""
-        if local_name in self._names:
-            dict.__setitem__(self._unbound, local_name, placeholder)
-
-    def dtype_of(self, local_name: str) -> torch.dtype | None:
-        """What the placeholder says; None if the user has stored something else."""
-        found = dict.get(self._unbound, local_name) if local_name in self._names else None
-        return None if found is None else found.dtype
-
-    def has(self, local_name: str) -> bool:
-        """Whether this parameter is streamed, and not the user's own."""
-        return local_name in self._names or local_name in self._tables
-
-    def look_up(self, local_name: str, kept: Any) -> Any:
-        """The real parameter, loaded if need be; ``kept`` for what is not streamed. Any thread."""
-        if local_name not in self._names:
-            return kept
-        here = self._real
-        real = None if here is None else here.get(local_name)
-        return self._binder.load(kept.unit, kept.weight_name) if real is None else real
-
-    def adopt(self, local_name: str, value: Any) -> None:
-        """The user has stored a parameter: from now on it is the module's own and not streamed.
-
-        Unless it is what was there before: whoever puts another in its place for a while (``functional_call``) puts
-        that back.
-        """
-        with self._binder.lock:
-            self._forget(local_name)
-            dict.__setitem__(self._unbound, local_name, value)
-            before = (self._replaced or {}).get(local_name)
-            if before is not None and (value is before or self._binder.is_real(before, value)):
-                dict.__setitem__(self._unbound, local_name, before)
-                self._take_back(local_name, before)
-
-    def disown(self, local_name: str) -> None:
-        """The user has deleted a parameter."""
-        with self._binder.lock:
-            self._forget(local_name)
-            dict.pop(self._unbound, local_name, None)
-
-    def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Give the module an ordinary dictionary with these parameters, by the weights' names, for good."""
-        module = self.module()
-        if module is not None:
-            streamed = {*self._names, *self._tables}
-            items = {
-                local: parameters[kept.weight_name] if local in streamed else kept
-                for local, kept in dict.items(self._unbound)
-            }
-            module.__dict__["_parameters"] = items
-            _follow(module, items)
-        self._names = self._tables = ()
-        self._real = self._replaced = None
-
-    def copied(self, memo: dict[int, Any]) -> dict[str, Any]:
-        """The module's parameters in a copy of the model."""
-        Skeleton.of(memo)
-        return copy.deepcopy(dict(dict.items(self._unbound)), memo)
-
-    def put(self) -> None:
-        """Make the module use the dictionary that fits what is here now."""
-        module = self.module()
-        if module is None or self._binder.is_suspended:
-            return
-        parameters: _Streamed = self._unbound
-        real = self._real or {}
-        if len(real) == len(self._names):
-            items = {name: real.get(name, kept) for name, kept in dict.items(self._unbound)}
-            parameters = BoundParameters(items, self)
-        module.__dict__["_parameters"] = parameters
-        _follow(module, parameters)
-
-    def _take_back(self, local_name: str, placeholder: Placeholder) -> None:
-        """It is streamed again."""
-        del self._replaced[local_name]  # type: ignore[union-attr, unused-ignore]
-        if isinstance(placeholder, InParts):
-            self._tables += (local_name,)
-        else:
-            self._names += (local_name,)
-            real = self._binder.resident(placeholder.unit, placeholder.weight_name)
-            if real is not None:
-                self._real = (self._real or {}) | {local_name: real}
-        self.put()
-
-    def _forget(self, local_name: str) -> None:
-        if local_name in self._names or local_name in self._tables:
-            self._replaced = (self._replaced or {}) | {local_name: dict.__getitem__(self._unbound, local_name)}
-        self._names = tuple(name for name in self._names if name != local_name)
-        self._tables = tuple(name for name in self._tables if name != local_name)
-        if self._real is not None:
-            self._real.pop(local_name, None)
-
-
-def _follow(module: nn.Module, parameters: dict[str, Any]) -> None:
-    """Recurrent modules keep a second list of their weights."""
-    if isinstance(module, nn.RNNBase):
-        items = dict(dict.items(parameters))  # placeholders stay placeholders: nothing is looked up
-        module.__dict__["_flat_weights"] = [items.get(name) for name in module._flat_weights_names]
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None

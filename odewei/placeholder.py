@@ -1,80 +1,112 @@
-"""A parameter whose bytes are elsewhere: shape, dtype, device and ``requires_grad`` without storage.
+"""A parameter whose bytes are elsewhere: one object for its whole life, whatever is in memory.
 
-It is what *iterating* the parameters of a streamed model yields (``parameters()``, ``named_parameters()``), so that
-code that asks a model for its device or dtype hears the truth and loads nothing. It is an ``nn.Parameter`` to
-``isinstance``. An operation that reaches it loads the weight and goes on with the real tensor.
+It is the parameter of the model: what ``module.weight`` is outside of forward passes, what ``parameters()`` yields, what
+an optimizer keeps, what gradients are accumulated in. It has shape, dtype, device, ``requires_grad``, ``grad`` and hooks,
+and no storage. Whatever else is done with it is done with the *real* tensor, loaded if need be (see ``substitution``):
+above torch's own decompositions, so that every function runs as it does for a resident model, to the last bit.
+
+What the user does to it that bytes in a file cannot follow (``.data = ...``, ``set_``, ``swap_tensors``) makes it an
+ordinary parameter, the same object still: see ``become``.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from odewei.copies import Skeleton
+from odewei.saved_weights import SavedWeights
+from odewei.uncompiled import uncompiled
 
-__all__ = ["Origin", "Placeholder", "with_real"]
-
-_CPU = torch.device("cpu")
+__all__ = ["Home", "Placeholder", "Stream", "become", "same_memory", "take_over", "with_dtype"]
 
 
-class Origin(Protocol):
-    """Who has the real tensors. Any thread calls it."""
+class Stream(Protocol):
+    """What the weights of one model come from. Whoever holds it keeps it alive; any thread calls it."""
 
-    def lease(self, unit: int, name: str, frame: FrameType) -> tuple[torch.Tensor, Callable[[], None]]:
+    def lease(self, home: Home, frame: FrameType) -> tuple[torch.Tensor, Callable[[], None]]:
         """Load the real tensor if need be, and lease its unit for the call that runs in ``frame``.
 
         What is returned second returns the lease: until then the unit stays, and what is written into the tensor is
         noticed.
         """
 
+    def resident(self, home: Home) -> torch.Tensor | None:
+        """The real tensor if it is in memory; the reference keeps it."""
+
+    def is_inside(self) -> bool:
+        """Whether this thread is inside a forward pass."""
+
+    def flag_changed(self, home: Home, requires_grad: bool) -> None:
+        """The parameter was frozen or unfrozen."""
+
+    def becomes_own(self, home: Home, nbytes: int) -> None:
+        """The parameter is about to become an ordinary one of so many bytes: the user's own."""
+
+    def wrote(self, home: Home) -> None:
+        """Something that writes was called with the parameter, and has ended."""
+
+    def is_edited(self) -> bool:
+        """Whether somebody edits the model (see ``edit``)."""
+
+    def expose(self, home: Home) -> torch.Tensor:
+        """The real tensor, loaded if need be, for whoever may write into its memory without torch."""
+
+    @property
+    def saved(self) -> SavedWeights:
+        """The hooks for what autograd saves."""
+
+    def kept_state(self, home: Home) -> torch.Tensor | None:
+        """As ``saved_state``, if that has to be there before anybody saves over the checkpoint; None otherwise."""
+
+    def saved_state(self, home: Home) -> torch.Tensor | None:
+        """The weight as it is in the checkpoint, in memory that is not the budget's and stays where it is; None where
+        it was written to.
+        """
+
+
+class Home:
+    """Where one weight belongs: its unit and its name in the checkpoint. ``part``: what reads parts of it, if any.
+
+    ``owner`` is the number (``id``) of the one object that is the parameter; others are made of it.
+    """
+
+    __slots__ = ("name", "owner", "part", "stream", "unit")
+
+    def __init__(self, stream: Stream, unit: int, name: str, part: Any = None) -> None:
+        self.stream, self.unit, self.name, self.part = stream, unit, name, part
+        self.owner = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Home:
+        return self
+
+    def __repr__(self) -> str:
+        return f"<Home of {self.name!r}, unit {self.unit}>"
+
 
 class Placeholder(torch.Tensor):
-    """Made with :meth:`make`. ``weight_name`` is the checkpoint's name of the weight, ``unit`` the unit it is in."""
+    """A parameter of a streamed model, or what ``detach`` and ``.data`` make of one. Made by ``take_over``."""
 
-    unit: int
-    weight_name: str
-    _origin: weakref.ref[Origin]
-    _is_param = True
+    home: Home
+    _is_param = True  # an nn.Parameter to isinstance
 
     @classmethod
-    def make(
+    def __torch_function__(
         cls,
-        unit: int,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        stride: tuple[int, ...] | None,
-        origin: weakref.ref[Origin],
-        device: torch.device = _CPU,
-    ) -> Self:
-        """``origin`` is asked when an operation needs the values, which are on ``device`` then."""
-        with torch.inference_mode(False), torch.no_grad():
-            return cls.make_inside(unit, name, shape, dtype, stride, origin, device)
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        from odewei.substitution import answer  # it needs this class
 
-    @classmethod
-    def make_inside(
-        cls,
-        unit: int,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        stride: tuple[int, ...] | None,
-        origin: weakref.ref[Origin],
-        device: torch.device,
-    ) -> Self:
-        """``make``, for whoever makes many: to be called without gradients and outside of inference mode."""
-        kind = _Compact if cls is Placeholder else cls
-        made: Any = torch.Tensor._make_wrapper_subclass(
-            kind, shape, strides=stride, dtype=dtype, device=device, requires_grad=False
-        )
-        made.unit, made.weight_name, made._origin = unit, name, origin
-        return made  # type: ignore[no-any-return]
+        return answer(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -84,130 +116,247 @@ class Placeholder(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return _Detached.of(args[0])
-        return with_real(func, args, kwargs)
+        from odewei.substitution import answer_below_autograd
 
-    def replace(self, parameter: torch.nn.Parameter) -> None:
-        """Make the object that is a parameter without values be like this one, for all who have it.
+        return answer_below_autograd(func, args, kwargs or {})
 
-        Raises RuntimeError if somebody has a weak reference to it.
-        """
-        made = _Aside.make(
-            self.unit,
-            self.weight_name,
-            tuple(self.shape),
-            self.dtype,
-            tuple(self.stride()),
-            self._origin,
-            self.device,
-        )
-        torch.utils.swap_tensors(parameter, made)  # type: ignore[no-untyped-call]
+    # -- what it is --------------------------------------------------------------------------------------------------
 
     @property
-    def is_detached(self) -> bool:
-        """Whether this is what ``detach`` makes of a parameter: no parameter, and as little loaded."""
-        return not self._is_param
+    def is_owner(self) -> bool:
+        """Whether this object is the model's parameter, and not something made of it."""
+        return self.home.owner == id(self)
+
+    @property
+    def is_of_state(self) -> bool:
+        """Whether ``state_dict()`` has made it."""
+        return "_for_state" in self.__dict__
+
+    @property
+    def requires_grad(self) -> bool:
+        return torch.Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined, no-any-return]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.Tensor.requires_grad.__set__(self, value)  # type: ignore[attr-defined]
+        if self.is_owner:
+            self.home.stream.flag_changed(self.home, bool(value))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Placeholder:
+        self.requires_grad = requires_grad
+        return self
+
+    @uncompiled
+    def detach(self) -> torch.Tensor:
+        """Something without gradients over the same weight; loads nothing."""
+        return self._alias(for_state=sys._getframe(1).f_code is _SAVES_STATE)
+
+    @property
+    def data(self) -> torch.Tensor:
+        """As ``detach``: what is written into it is noticed, because both count writes together."""
+        return self._alias()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if isinstance(value, Placeholder) and value.home is self.home:
+            return
+        real = self.home.stream.resident(self.home)
+        if real is not None and same_memory(real, value):
+            return  # it was written into, which the real tensor has counted
+        if self._takes_values_of(value):
+            with torch.no_grad():
+                self.detach().copy_(value)
+            return
+        become(self, value.fetch().clone() if isinstance(value, Placeholder) else value)
+
+    def _takes_values_of(self, value: torch.Tensor) -> bool:
+        """Whether the weight gets the values and streams on: while somebody edits the model, if they are of its kind."""
+        like = value.shape == self.shape and value.dtype == self.dtype and value.layout is torch.strided
+        return like and self.is_owner and self.home.stream.is_edited()
+
+    def _alias(self, *, for_state: bool = False) -> Placeholder:
+        with torch.inference_mode(False), torch.no_grad():
+            made: Placeholder = _wrapper(type(self), self, False)  # type: ignore[assignment]
+        made.__dict__.update(home=self.home, _is_param=False)
+        if for_state:
+            made.__dict__["_for_state"] = True
+            made.__dict__["_mapped"] = self.home.stream.kept_state(self.home)
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__" and self.is_owner:  # torch.utils.swap_tensors
+            self.home.stream.becomes_own(self.home, 0)
+        super().__setattr__(name, value)
+
+    # -- its values --------------------------------------------------------------------------------------------------
 
     def fetch(self) -> torch.Tensor:
-        """The real tensor, loaded now if need be."""
+        """The real tensor, loaded now if need be; the reference keeps it."""
         tensor, release = self.lease(sys._getframe())
         release()
         return tensor
 
     def lease(self, frame: FrameType) -> tuple[torch.Tensor, Callable[[], None]]:
-        """See :meth:`Origin.lease`."""
-        origin = self._origin()
-        if origin is None:
-            raise ReferenceError(f"the model of weight {self.weight_name!r} is gone")
-        return origin.lease(self.unit, self.weight_name, frame)
+        """See :meth:`Stream.lease`."""
+        return self.home.stream.lease(self.home, frame)
 
-    def numpy(self, *, force: bool = False) -> Any:
-        return self.fetch().detach().numpy(force=force)
+    def exported(self) -> torch.Tensor:
+        """For whoever may write into its memory without torch: what is written is noticed when the unit is to leave."""
+        if self.is_of_state:
+            return self.content()
+        exposed = self.home.stream.expose(self.home)
+        return exposed if self.is_owner else exposed.detach().requires_grad_(self.requires_grad)
 
-    def tolist(self) -> Any:
-        return self.fetch().tolist()
+    def content(self) -> torch.Tensor:
+        """What is pickled, exported, or looked at without torch: its memory stays where it is while this lives.
 
-    def data_ptr(self) -> int:
-        return self.fetch().data_ptr()
+        What ``state_dict()`` made has it outside of the budget, as long as the weight is as in the checkpoint.
+        """
+        if self.is_of_state:
+            found = self.home.stream.saved_state(self.home)
+            if found is not None:
+                self.__dict__["_mapped"] = found  # as long as this lives
+                return found
+        exposed: torch.Tensor | None = self.__dict__.get("_exposed")
+        if exposed is None:
+            exposed = self.__dict__["_exposed"] = self.home.stream.expose(self.home).detach()
+        return exposed
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
-        """Within a copy of the whole model what stands for the weight there; otherwise a parameter with its values."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Within a copy of the whole model what stands for the weight there; otherwise a tensor with its values."""
         if id(self) not in memo:
-            skeleton = Skeleton.found_in(memo, self._origin())
-            memo[id(self)] = (
-                torch.nn.Parameter(self.fetch().detach().clone(), requires_grad=False)
-                if skeleton is None
-                else skeleton.parameter(self.unit, self.weight_name)
-            )
-        found: torch.nn.Parameter = memo[id(self)]
+            skeleton = Skeleton.found_in(memo, self.home.stream)
+            if skeleton is not None and self._is_param:
+                memo[id(self)] = skeleton.parameter(self)
+            else:
+                memo[id(self)] = self._copied()
+        found: torch.Tensor = memo[id(self)]
         return found
+
+    def _copied(self) -> torch.Tensor:
+        """An ordinary tensor with the values, and what else ``deepcopy`` copies."""
+        with torch.no_grad():
+            values = self.fetch().detach().clone()
+        if not self._is_param:
+            return values
+        made = nn.Parameter(values, requires_grad=self.requires_grad)
+        if self.grad is not None:
+            made.grad = self.grad.clone()
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        real = torch.nn.Parameter(self.fetch().detach().clone(), requires_grad=False)
-        return real.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        content = self.content().detach()
+        if self._is_param:
+            content = nn.Parameter(content, requires_grad=self.requires_grad)
+        return content.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"{type(self).__name__}({self.weight_name!r}, {tuple(self.shape)}, {self.dtype}, on demand)"
+        kind = "Parameter" if self._is_param else "tensor"
+        flag = ", requires_grad=True" if self.requires_grad else ""
+        return f"{kind}({self.home.name!r}, {tuple(self.shape)}, {self.dtype}{flag}, on demand)"
 
 
-class _Compact(Placeholder):
-    """Nearly all: without a dictionary each."""
-
-    __slots__ = ("_origin", "unit", "weight_name")
+_SAVES_STATE = nn.Module._save_to_state_dict.__code__
 
 
-class _Aside(Placeholder):
-    """What a parameter becomes that the model keeps somewhere else, too: laid out in memory as parameters are."""
+def _wrapper(
+    kind: type[Placeholder], like: torch.Tensor, requires_grad: bool, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A tensor without storage. To be called without gradients and outside of inference mode."""
+    with torch._C.DisableTorchFunctionSubclass():
+        shape, stride, device = like.shape, like.stride(), like.device
+        made: torch.Tensor = torch.Tensor._make_wrapper_subclass(
+            kind, shape, strides=stride, dtype=dtype or like.dtype, device=device, requires_grad=requires_grad
+        )
+    return made
 
 
-class _Detached(Placeholder):
-    """What ``detach`` makes: not a parameter any more."""
+def take_over(
+    kind: type[Placeholder],
+    parameter: nn.Parameter,
+    home: Home,
+    dtype: torch.dtype,
+    stride: tuple[int, ...] | None,
+    device: torch.device,
+) -> None:
+    """Make a parameter without values, for all who have it, one that is streamed.
 
-    _is_param = False
-
-    @classmethod
-    def of(cls, placeholder: Placeholder) -> _Detached:
-        shape, stride = tuple(placeholder.shape), tuple(placeholder.stride())
-        unit, name, origin = placeholder.unit, placeholder.weight_name, placeholder._origin
-        return cls.make(unit, name, shape, placeholder.dtype, stride, origin, placeholder.device)
-
-
-def with_real(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
-    """Call ``func`` with the real tensor in place of every placeholder, loaded if need be and leased until it ends."""
-    return _call_leased(func, args, dict(kwargs or {}), sys._getframe())
-
-
-def _call_leased(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
-    """``frame`` is the caller's, at whose end the leases end: a frame that held itself would keep the tensors until the
-    collector comes by.
+    ``dtype`` and ``stride`` (None: contiguous) are those it will have when it is loaded. To be called without gradients
+    and outside of inference mode.
     """
-    releases: list[Callable[[], None]] = []
-
-    def real(placeholder: Placeholder) -> torch.Tensor:
-        tensor, release = placeholder.lease(frame)
-        releases.append(release)
-        return tensor
-
-    written = list(_written(func, args, kwargs))
-    try:
-        args = tree_map_only(Placeholder, real, args)
-        found = func(*args, **tree_map_only(Placeholder, real, kwargs))
-        for placeholder in written:
-            torch.autograd.graph.increment_version(real(placeholder))
-        return found
-    finally:
-        for release in reversed(releases):
-            release()
+    made: Any = torch.Tensor._make_wrapper_subclass(
+        kind, parameter.shape, strides=stride, dtype=dtype, device=device, requires_grad=parameter.requires_grad
+    )
+    _swap(parameter, made)
+    object.__setattr__(made, "__class__", nn.Parameter)  # it dies now
+    parameter.__class__ = kind
+    home.owner = id(parameter)
+    parameter.__dict__["home"] = home
 
 
-def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Placeholder]:
-    """The placeholders that an operation below autograd writes into: there torch does not count writes any more."""
-    schema = getattr(func, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return
-    for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            values = value if isinstance(value, list | tuple) else (value,)
-            yield from (one for one in values if isinstance(one, Placeholder))
+def with_dtype(placeholder: Placeholder, dtype: torch.dtype) -> None:
+    """The weight turned out to have another dtype than was known before it was loaded."""
+    with torch.inference_mode(False), torch.no_grad():
+        made = _wrapper(type(placeholder), placeholder, placeholder.requires_grad, dtype)
+        _swap(placeholder, made)
+
+
+def become(placeholder: Placeholder, value: torch.Tensor) -> None:
+    """Make it an ordinary parameter (or tensor, if it is not a parameter) over the memory of ``value``, for all who
+    have it: from now on it is the user's own and not streamed.
+    """
+    home, is_owner, is_param = placeholder.home, placeholder.is_owner, placeholder._is_param
+    requires_grad = placeholder.requires_grad and (value.is_floating_point() or value.is_complex())
+    with torch._C.DisableTorchFunctionSubclass():
+        grad, hooks = placeholder.grad, placeholder._backward_hooks
+        after = getattr(placeholder, "_post_accumulate_grad_hooks", None)
+    with torch.inference_mode(False), torch.no_grad():
+        own: torch.Tensor = torch.Tensor._make_subclass(nn.Parameter, value.detach(), requires_grad)
+    if is_owner:
+        home.stream.becomes_own(home, value.nbytes)
+    kept = {key: found for key, found in placeholder.__dict__.items() if key not in _OURS}
+    in_graphs = placeholder._use_count() > 1
+    torch.Tensor.__setattr__(placeholder, "__class__", nn.Parameter if is_param else torch.Tensor)
+    _swap(placeholder, own)
+    if in_graphs and own.is_leaf and own.requires_grad:
+        own.register_post_accumulate_grad_hook(functools.partial(_hand_on, placeholder))
+    placeholder.__dict__.clear()
+    placeholder.__dict__.update(kept)
+    if grad is not None and grad.shape == value.shape and grad.dtype == value.dtype:
+        placeholder.grad = grad
+    if hooks:
+        placeholder._backward_hooks = hooks
+    if after:
+        placeholder._post_accumulate_grad_hooks = after  # type: ignore[attr-defined]
+
+
+_OURS = frozenset({"home", "_is_param", "_for_state", "_exposed", "_mapped"})
+
+
+def _hand_on(parameter: torch.Tensor, before: torch.Tensor) -> None:
+    """A graph that was made before still accumulates gradients in what the parameter was."""
+    grad, before.grad = before.grad, None
+    if grad is not None and grad.shape == parameter.shape:
+        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+
+def _swap(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Swap what two objects are, below Python. Weak references stay what they were: unlike for
+    ``torch.utils.swap_tensors``, the object means the same as before.
+    """
+    torch._C._swap_tensor_impl(one, other)
+
+
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two ordinary tensors are the same elements of the same memory, seen the same way."""
+    return (
+        not isinstance(other, Placeholder)
+        and one.dtype == other.dtype
+        and one.device == other.device
+        and one.shape == other.shape
+        and one.layout == other.layout == torch.strided
+        and one.stride() == other.stride()
+        and one.data_ptr() == other.data_ptr()
+        and one.numel() > 0
+    )

@@ -21,6 +21,7 @@ class Report:
       ``budget_bytes``.
     - ``overdrafts``: units that a forward needed when nothing could leave, so that the budget was exceeded, by
       ``worst_overdraft_bytes`` at most. ``escapes``: units whose memory somebody held on to after they had left.
+    - ``own_bytes``: weights that are the user's own by now (``weight.data = ...``): they stay in memory, and count.
     - ``rows_looked_up``: rows that look-ups in embedding tables asked for, of which ``rows_read`` were read; the others
       were kept in ``row_cache_bytes`` of the budget.
     - ``budget_bytes``, ``peak_bytes``, ``overdrafts`` and ``escapes`` are those of the whole budget, also where several
@@ -56,6 +57,7 @@ class Report:
     rows_looked_up: int
     rows_read: int
     row_cache_bytes: int
+    own_bytes: int = 0
     device: str = "cpu"
     device_note: str = ""
     bytes_copied: int = 0
@@ -134,6 +136,8 @@ class Report:
             rows.append(
                 ("over budget", f"{self.overdrafts} times, by {format_nbytes(self.worst_overdraft_bytes)} at most")
             )
+        if self.own_bytes:
+            rows.append(("replaced", f"{format_nbytes(self.own_bytes)} of weights, which stay in memory"))
         if self.escapes:
             rows.append(("escaped", f"{self.escapes} units were still held by somebody when they left"))
         width = max(len(name) for name, _ in rows)

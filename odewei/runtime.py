@@ -1,17 +1,17 @@
 """One streamed model: its source, units, scheduler, hooks; its life and its report.
 
-The runtime holds the model weakly; the model holds the runtime through its hooks. When the model dies the runtime
-closes.
+The runtime holds the model weakly. The model's hooks and parameters hold its stream (``binding.WeightStream``), and when
+the last of them dies the runtime closes: a part of the model, or one parameter, keeps it as the whole does.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
+import sys
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -19,24 +19,29 @@ from types import FrameType
 import torch
 from torch import nn
 
-from odewei.binding import Binder
+from odewei.binding import Binder, WeightStream
+from odewei.copies import Skeleton
 from odewei.deep_copy import DeepCopy
 from odewei.errors import BudgetTooSmallError, ClosedError, OptionsError, TraceError
 from odewei.guards import guard, unguard
 from odewei.hooks import Hooks, unhook
 from odewei.host_tier import HostTier
 from odewei.layout import Layout
-from odewei.loaders.base import WeightsLoader
+from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
-from odewei.mapped_state import MappedState
+from odewei.looked_up import LookUps
 from odewei.matching import load_buffers, move_to
+from odewei.module_binding import IdleParameters, idle_of
 from odewei.options import Options
+from odewei.placeholder import Home, Placeholder, become
 from odewei.report import Report
-from odewei.scheduler.budget import format_nbytes
+from odewei.saved_state import SavedState
+from odewei.scheduler.budget import Reservation, format_nbytes
 from odewei.scheduler.drivers import was_closed
 from odewei.scheduler.reader import FileTable, UnitReader
 from odewei.scheduler.records import Account
 from odewei.scheduler.rows import RowCounters, RowTable
+from odewei.scheduler.slabs import SlabPool
 from odewei.sliced import Experts
 from odewei.stock import Stock
 from odewei.survey import Modules, Weight, survey, walk
@@ -46,35 +51,64 @@ from odewei.trace_map import units_entered
 from odewei.unit_readers import SCRATCH_BYTES, UnitReaders
 from odewei.units import Unit
 
-__all__ = ["Runtime", "find_runtime", "runtime_of"]
+__all__ = ["Runtime", "runtime_of", "runtimes_in"]
 
 _log = logging.getLogger("odewei")
 _runtimes: weakref.WeakKeyDictionary[nn.Module, Runtime] = weakref.WeakKeyDictionary()
 
 
 def runtime_of(model: nn.Module) -> Runtime:
-    """The runtime of a streamed model. Raises OptionsError for any other object."""
-    runtime = find_runtime(model)
-    if runtime is None:
+    """The runtime of a streamed model, or of the only one that there is in a module (a wrapper).
+
+    Raises OptionsError for any other object.
+    """
+    found = runtimes_in(model)
+    if not found:
         raise OptionsError(
-            f"this {type(model).__name__} is not a model that odewei streams",
-            cure="Pass the very object that init_on_demand_weights_model returned",
+            f"this {type(model).__name__} is not a model that odewei streams, and has none in it",
+            cure="Pass what init_on_demand_weights_model or from_pretrained returned, or a module that holds it",
         )
-    return runtime
+    if len(found) > 1:
+        raise OptionsError(
+            f"this {type(model).__name__} holds {len(found)} streamed models",
+            cure="Pass one of them",
+        )
+    return found[0]
 
 
-def find_runtime(model: nn.Module) -> Runtime | None:
-    """The runtime of a streamed model; None for any other object."""
-    return _runtimes.get(model) if isinstance(model, nn.Module) else None
+def runtimes_in(model: object) -> list[Runtime]:
+    """The runtimes of all streamed models of which a module holds something, each once; of other objects none."""
+    if not isinstance(model, nn.Module):
+        return []
+    own = _runtimes.get(model)
+    if own is not None:
+        return [own]
+    found: dict[int, Runtime] = {}
+    for module in model.modules():
+        root = _runtimes.get(module)
+        if root is not None:
+            found[id(root)] = root
+        for value in idle_of(module.__dict__.get("_parameters", {})).values():
+            if type(value) is Placeholder:
+                runtime = value.home.stream.runtime
+                found[id(runtime)] = runtime
+    return list(found.values())
 
 
 class Runtime:
     """Makes a model without weights stream them. Built by ``init_on_demand_weights_model`` and copies only."""
 
     def __init__(
-        self, model: nn.Module, source: WeightsLoader | CallableLoader, options: Options, *, of_copy: bool = False
+        self,
+        model: nn.Module,
+        source: WeightsLoader | CallableLoader,
+        options: Options,
+        *,
+        copied: tuple[Stock, Mapping[int, Weight]] | None = None,
     ) -> None:
-        """``of_copy``: the model is a copy of a streamed one; buffers and parameters with values are its own."""
+        """``copied``: the model is a copy of a streamed one, whose weights these are, and what parameters without values
+        stand for, by their numbers (``id``); buffers and parameters with values are the copy's own.
+        """
         self.options = options
         self._source = source
         self._model = weakref.ref(model)
@@ -82,11 +116,18 @@ class Runtime:
         self.device = options.budget.device
         dtype = options.dtype or source.dtype
         modules = Modules(model)
-        self.stock = Stock.match(model, survey(modules, of_copy=of_copy), source, dtype, options.on_missing)
-        if not of_copy:
+        if copied is not None:
+            self.stock = copied[0].of(survey(modules, known=copied[1]))
+        else:
+            self.stock = Stock.match(model, survey(modules), source, dtype, options.on_missing)
             load_buffers(modules, source, dtype, options.on_missing)
             move_to(modules, self.device)
         self._buffer_bytes = _buffer_bytes(modules)
+        self._weights = {weight.name: weight for weight in self.stock.weights}
+        self.own: dict[str, Reservation] = {}
+        """Weights that have become the user's own."""
+        self.hooked: dict[str, weakref.ref[nn.Module]] = {}
+        """The modules that units hang on, by the names that they had when the model was built."""
         self.budget = options.budget
         self._pool = self.budget.pool
         by_rows = self.device.type == "cpu"
@@ -108,6 +149,10 @@ class Runtime:
             for table in self.tables.values():
                 undo.callback(table.close)
             self.binder = self._bind(modules)
+            stream, self.binder.made = self.binder.made, None
+            assert stream is not None, "nobody has taken it"
+            stream.runtime = self
+            self._stream = weakref.ref(stream)
             self.account = self._make_account(least_bytes, files)
             synchronous = options.depth == 0 and not options.shares
             if self.host is not None:
@@ -117,11 +162,15 @@ class Runtime:
             self.driver = self.budget.join(self.account, named, synchronous=synchronous)
             undo.callback(self.driver.leave_for_good, self.account)
             self.binder.connect(self._access, self._leave)
-            self._hook(modules)
+            self.binder.is_inside = self.driver.ledger.is_inside
+            self.binder.on_own = self._count_own
+            self._state = SavedState(self._info, self._real)
+            self.binder.saved_state, self.binder.kept_state = self._saved_state, self._kept_state
+            self._hook(modules, stream)
             self._expect_saved_order(model)
             undo.pop_all()
         _runtimes[model] = self
-        self._finalizer = weakref.finalize(model, self.driver.leave_for_good, self.account)
+        self._finalizer = weakref.finalize(stream, self.driver.leave_for_good, self.account)
         self.driver.start()
         self.driver.poke()
 
@@ -155,6 +204,7 @@ class Runtime:
             overdrafts=budget.overdrafts,
             worst_overdraft_bytes=budget.worst_overdraft_bytes,
             escapes=self._pool.escapes,
+            own_bytes=sum(reservation.nbytes for reservation in self.own.values()),
             prefetch_depth=self.options.depth,
             direct_io=self._direct,
             rows_looked_up=rows.looked_up,
@@ -172,7 +222,8 @@ class Runtime:
 
         Raises TraceError if they are not modules of the model, or no unit hangs on them.
         """
-        known = {name for name, _, _ in walk(model)}
+        root = self._model()
+        known = {name for name, _, _ in walk(model if root is None else root)} | self.hooked.keys()
         try:
             strange = next((name for name in order if name not in known), None)
             if strange is not None:
@@ -193,6 +244,12 @@ class Runtime:
         self.order = tuple(order)
         return tuple(units)
 
+    def names(self) -> dict[int, str]:
+        """The names of the model's modules, by their numbers (``id``), whatever they are wrapped in now."""
+        root = self._model()
+        found = {} if root is None else {id(module): name for name, module, _ in walk(root)}
+        return found | {id(module): name for name, one in self.hooked.items() if (module := one()) is not None}
+
     @property
     def trace_path(self) -> Path | None:
         """Where the order of the layers is kept, beside the checkpoint; None if that is in no file."""
@@ -202,33 +259,84 @@ class Runtime:
         """Stop threads and close files, now. The model's weights can no longer be used. May be called twice."""
         self._finalizer()
 
-    def materialize(self) -> None:
-        """Load all weights for good and take the hooks out; the model is an ordinary one then."""
-        model = self._model()
+    def materialize(self, holder: nn.Module) -> None:
+        """Load all weights for good and take the hooks out; the model is an ordinary one then, and so is all that
+        ``holder`` has of it.
+        """
         if not self._finalizer.alive:
             raise ClosedError("the model was closed", cure="Build it again to load it whole")
-        assert model is not None
-        parameters: dict[str, nn.Parameter] = {}
-        for unit in range(self.layout.pieces):
-            found = self.binder.hold(unit)
-            parameters.update({name: nn.Parameter(tensor.detach().clone()) for name, tensor in found.items()})
-        self._take_off(model)
-        self.binder.restore(parameters)
-        del _runtimes[model]
-        self.close()
+        stream = self._stream()  # until the end
+        model = self._model()
+        modules = {id(module): module for module in self.binder.modules()}
+        for root in (holder, model):
+            modules.update({id(module): module for module in (root.modules() if root is not None else ())})
+        for module in modules.values():
+            for value in list(idle_of(module.__dict__["_parameters"]).values()):
+                if type(value) is Placeholder and value.home.stream is stream:
+                    become(value, value.fetch().detach().clone())
+        for module in modules.values():
+            self._take_off(module)
+            own = module.__dict__
+            if type(own["_parameters"]) is IdleParameters:
+                own["_parameters"] = dict(own["_parameters"].items())
+                if isinstance(module, nn.RNNBase):
+                    own["_flat_weights"] = [own["_parameters"].get(name) for name in module._flat_weights_names]
+        if model is not None:
+            _runtimes.pop(model, None)
+        if not self._is_used_elsewhere(stream):
+            self.close()
 
-    def _stream_copy(self, model: nn.Module) -> None:
+    @staticmethod
+    def _is_used_elsewhere(stream: WeightStream | None) -> bool:
+        """Whether somebody has taken a parameter away, and keeps it: it goes on streaming."""
+        return sys.getrefcount(stream) > 4  # the caller's variable, the argument, and what calls take of them
+
+    def _stream_copy(self, model: nn.Module, skeleton: Skeleton) -> None:
         """Make a copy of the model stream."""
-        self._take_off(model)
-        Runtime(model, self._source, self.options.again(), of_copy=True)
-
-    def _take_off(self, model: nn.Module) -> None:
-        """Take what hangs on the model, or on a copy of it, off."""
         for module in model.modules():
-            unhook(module)
-            unguard(module)
-        self._state.remove(model)
-        DeepCopy.remove(model)
+            self._take_off(module)
+        Runtime(model, self._source, self.options.again(), copied=(self.stock, skeleton.weights))
+
+    @staticmethod
+    def _take_off(module: nn.Module) -> None:
+        """Take what hangs on a module of the model, or of a copy of it, off."""
+        unhook(module)
+        unguard(module)
+        DeepCopy.remove(module)
+
+    # -- what its parameters ask for ---------------------------------------------------------------------------------
+
+    def _info(self, name: str) -> tuple[WeightInfo | None, torch.dtype]:
+        """Where a weight is, and the dtype that it is bound in."""
+        weight = self._weights[name]
+        return self.stock.infos.get(name), self.stock.dtype(weight)
+
+    def _real(self, home: Home) -> torch.Tensor:
+        return self.binder.load(home.unit, home.name)
+
+    def _saved_state(self, home: Home) -> torch.Tensor | None:
+        return self._state.tensor(home) if self.binder.changed(home) is None else None
+
+    def _kept_state(self, home: Home) -> torch.Tensor | None:
+        return self._saved_state(home) if self._state.needs_copy(home) else None
+
+    def may_be_replaced(self, unit: int) -> bool:
+        """Whether a unit's weights can be read from another file: those that are read in parts cannot."""
+        return unit < self.layout.hooked
+
+    def replace(self, unit: int, infos: Mapping[str, WeightInfo], versions: Mapping[str, int]) -> None:
+        """Read a unit's weights from other places from now on, where they are as the resident ones at ``versions``."""
+        self.stock.replace(infos)
+        record = self.account.units[unit]
+        record.reader = self._unit_readers.planned_anew(self.units[unit].weights, infos, record.nbytes)
+        self.binder.is_saved(unit, versions)
+        self.driver.ledger.may_leave(record.id)
+        self.driver.poke()
+
+    def _count_own(self, name: str, nbytes: int) -> None:
+        """A weight is the user's own from now on: there is less room for others, and the budget may be overdrawn."""
+        if self._finalizer.alive:
+            self.own[name] = self._pool.count(name, nbytes, self.own.get(name))
 
     # -- making ------------------------------------------------------------------------------------------------------
 
@@ -236,6 +344,7 @@ class Runtime:
         infos = self.layout.infos(self.stock)
         num_readers, direct = self.options.num_readers, self._direct
         readers = UnitReaders(self._source, self.stock, infos, self._pool, num_readers=num_readers, direct=direct)
+        self._unit_readers = readers
         return [readers.make(unit) for unit in self.units]
 
     def _least_bytes(self, sizes: Sequence[int]) -> int:
@@ -276,7 +385,9 @@ class Runtime:
             self.layout.ahead,
             was_written=_WarnOnce(self.binder, self.units),
             is_held=self.binder.is_held,
-            on_closed=functools.partial(_let_go, self.binder, self.tables.values(), self._source, self.host),
+            on_closed=functools.partial(
+                _let_go, self.binder, self.tables.values(), self._source, self.host, self._pool, self.own
+            ),
         )
         for table in self.tables.values():
             table.busy = account.busy
@@ -287,20 +398,28 @@ class Runtime:
             return self.stock.dtype(weight), self.stock.stride(weight)
 
         sliced = {name: weight for experts in self.experts.values() for name, weight in experts.weights.items()}
-        return Binder(modules, [unit.weights for unit in self.units], described, {**self.tables, **sliced}, self.device)
+        return Binder(
+            modules,
+            [unit.weights for unit in self.units],
+            described,
+            {**{name: LookUps(table) for name, table in self.tables.items()}, **sliced},
+            self.device,
+            dtypes_known=not isinstance(self._source, CallableLoader),
+        )
 
-    def _hook(self, modules: Modules) -> None:
-        named, model, hooks = modules.named, modules.model, Hooks(self.driver)
+    def _hook(self, modules: Modules, stream: WeightStream) -> None:
+        named, model, hooks = modules.named, modules.model, Hooks(self.driver, stream)
         for name, places in self.layout.hooked_modules().items():
-            hooks.unit(named[name], [self.account.units[place].id for place in places])
+            sides = [self.binder.side(place) for place in places]
+            for side in sides:
+                side.id = self.account.units[side.unit].id
+            hooks.unit(named[name], sides)
+            self.hooked[name] = weakref.ref(named[name])
         for name, experts in self.experts.items():
             experts.announce_to(self._want)
             hooks.experts(named[name], experts)
         hooks.whole_pass(model, self.account)
-        dtypes = {self.stock.dtype(weight) for weight in self.stock.weights}
-        guard(itertools.chain([model], self.binder.modules()), dtypes, self.device)
-        self._state = MappedState(self.layout, self.stock, self.binder)
-        model.register_state_dict_post_hook(self._state)  # type: ignore[no-untyped-call]
+        guard(model)
         DeepCopy(model, self.binder.skeleton, self._stream_copy)
 
     def _expect_saved_order(self, model: nn.Module) -> None:
@@ -349,7 +468,7 @@ class _WarnOnce:
 
     def __call__(self, unit: int) -> bool:
         written = self.binder.was_written(unit)
-        if written and not self._warned:
+        if written and not self._warned and self.binder.on_write is None:
             self._warned = True
             _log.warning(
                 "a weight of %r was changed in place: it and other changed ones stay in memory from now on",
@@ -359,9 +478,16 @@ class _WarnOnce:
 
 
 def _let_go(
-    binder: Binder, tables: Collection[RowTable], source: WeightsLoader | CallableLoader, host: HostTier | None
+    binder: Binder,
+    tables: Collection[RowTable],
+    source: WeightsLoader | CallableLoader,
+    host: HostTier | None,
+    pool: SlabPool,
+    own: dict[str, Reservation],
 ) -> None:
     binder.clear()
+    for reservation in own.values():
+        pool.uncount(reservation)
     if host is not None:
         host.leave()
     for table in tables:

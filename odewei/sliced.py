@@ -1,7 +1,7 @@
 """A weight that holds the experts of a layer one after another: taking one, ``weight[i]``, reads that expert's piece.
 
 As for tables (``looked_up``), what is done with the weight decides, not which module does it: a single place of the
-first dimension is read by itself; anything else takes the whole weight (see ``in_parts``).
+first dimension is read by itself; anything else takes the whole weight (see ``substitution``).
 
 The pieces of one expert are one unit of the scheduler, the whole of each weight is another. Whichever of the two is
 written to stays in memory. What was written into pieces is copied into the whole whenever the whole is used, and while
@@ -16,22 +16,28 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from odewei.experts import ExpertPlan, piece_name
-from odewei.in_parts import InParts, is_watched
-from odewei.placeholder import Origin
+from odewei.placeholder import Placeholder
+from odewei.substitution import is_watched
 
-__all__ = ["Experts", "Sliced", "SlicedWeight"]
+__all__ = ["Experts", "SlicedWeight"]
 
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
 
 
-Resident = Callable[[int, str], nn.Parameter | None]
-"""The tensor of a unit by its name, if it is here."""
+class Units(Protocol):
+    """Who has the tensors of units, by their names. Any thread calls it."""
+
+    def lease(self, unit: int, name: str, frame: FrameType) -> tuple[torch.Tensor, Callable[[], None]]:
+        """See ``placeholder.Stream.lease``."""
+
+    def find(self, unit: int, name: str) -> nn.Parameter | None:
+        """The tensor if it is here."""
 
 
 class _Call:
@@ -60,14 +66,13 @@ class Experts:
         """``first_unit`` is the unit of expert 0; those of the others follow."""
         self.units = range(first_unit, first_unit + plan.count)
         self.weights = {weight.name: SlicedWeight(weight.name, weight.shape, self) for weight in plan.weights}
-        self._origin: Callable[[], Origin | None] = lambda: None
-        self._resident: Callable[[], Resident | None] = lambda: None
+        self._tensors: Callable[[], Units | None] = lambda: None
         self._want: Callable[[Sequence[int]], None] = lambda units: None
         self._local = threading.local()
 
-    def connect(self, origin: weakref.ref[Origin], resident: Callable[[], Resident | None]) -> None:
-        """Where units come from, as weak references."""
-        self._origin, self._resident = origin, resident
+    def connect(self, units: weakref.ref[Units]) -> None:
+        """Where units come from."""
+        self._tensors = units
 
     def announce_to(self, want: Callable[[Sequence[int]], None]) -> None:
         """``want`` tells the scheduler which units this thread will use next, none of them ending that."""
@@ -96,35 +101,35 @@ class Experts:
 
     def piece(self, weight: str, place: int) -> torch.Tensor:
         """One expert's part of a weight, read if need be. A reference keeps its unit; the lease is the call's."""
-        origin, resident = self._living(weight)
+        tensors = self._living(weight)
         unit, name = self.units[place], piece_name(weight, place)
         call: _Call | None = getattr(self._local, "call", None)
         if call is None:
-            tensor, release = origin.lease(unit, name, sys._getframe())
+            tensor, release = tensors.lease(unit, name, sys._getframe())
             piece = tensor.detach()
             release()
             return piece
-        held = resident(unit, name) if call.unit == unit else None
+        held = tensors.find(unit, name) if call.unit == unit else None
         if held is None:
             call.let_go()
-            tensor, call.release = origin.lease(unit, name, call.frame)
+            tensor, call.release = tensors.lease(unit, name, call.frame)
             call.unit = unit
             return tensor.detach()
         return held.detach()
 
     def pieces_here(self, weight: str) -> Iterator[tuple[int, nn.Parameter]]:
         """The parts of a weight that are in memory by themselves."""
-        _, resident = self._living(weight)
+        tensors = self._living(weight)
         for place, unit in enumerate(self.units):
-            piece = resident(unit, piece_name(weight, place))
+            piece = tensors.find(unit, piece_name(weight, place))
             if piece is not None:
                 yield place, piece
 
-    def _living(self, weight: str) -> tuple[Origin, Resident]:
-        origin, resident = self._origin(), self._resident()
-        if origin is None or resident is None:
+    def _living(self, weight: str) -> Units:
+        tensors = self._tensors()
+        if tensors is None:
             raise ReferenceError(f"the model of weight {weight!r} is gone")
-        return origin, resident
+        return tensors
 
     def __repr__(self) -> str:
         return f"<Experts: {len(self.units)} of {', '.join(self.weights)}>"
@@ -140,14 +145,31 @@ class SlicedWeight:
         self._copied: dict[int, int] = {}  # the version of each piece that the whole has
         self._lock = threading.Lock()
 
-    def take(self, index: Any) -> torch.Tensor | None:
+    def take(self, index: Any, whole: Placeholder) -> torch.Tensor | None:
         """``weight[index]`` if that is one expert; raises what torch raises for one that there is not."""
         place = _as_place(index)
         if place is None:
             return None
         if not -self.shape[0] <= place < self.shape[0]:
             torch.empty((), device="cpu").expand(self.shape)[place]
-        return self.experts.piece(self.name, place % self.shape[0])
+        place %= self.shape[0]
+        piece = self.experts.piece(self.name, place)
+        if not (whole.requires_grad and torch.is_grad_enabled()):
+            return piece
+        with torch._C.DisableTorchFunctionSubclass():
+            return _Piece.apply(piece, whole, place)  # type: ignore[no-untyped-call, no-any-return]
+
+    def answer(
+        self, whole: Placeholder, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """What a function gives, if it takes one expert and the whole is not here, where it may have been written to."""
+        if func is not torch.Tensor.__getitem__ or args[0] is not whole or is_watched():
+            return None
+        return self.take(args[1], whole) if whole.home.stream.resident(whole.home) is None else None
+
+    def piece_names(self) -> Iterator[str]:
+        """The names of the parts, as weights of their own."""
+        return (piece_name(self.name, place) for place in range(len(self.experts.units)))
 
     def is_written(self) -> bool:
         """Whether a part that is in memory by itself was written to."""
@@ -166,32 +188,17 @@ class SlicedWeight:
                     self._copied[place] = version
 
 
-class Sliced(InParts):
-    """Made with :meth:`of`."""
+class _Piece(torch.autograd.Function):
+    """One expert's part of a weight, with gradients for the whole."""
 
-    sliced: SlicedWeight
+    @staticmethod
+    def forward(ctx: Any, piece: torch.Tensor, whole: torch.Tensor, place: int) -> torch.Tensor:
+        ctx.place, ctx.shape = place, whole.shape
+        return piece.detach()
 
-    @classmethod
-    def of(
-        cls,
-        unit: int,
-        weight: SlicedWeight,
-        dtype: torch.dtype,
-        origin: weakref.ref[Origin],
-        resident: Callable[[], nn.Parameter | None],
-        device: torch.device,
-    ) -> Sliced:
-        """``resident`` returns the whole weight if it is loaded now; the others as for Placeholder."""
-        made = cls.make(unit, weight.name, weight.shape, dtype, None, origin, device)
-        made.sliced, made._resident = weight, resident
-        return made
-
-    @classmethod
-    def _from_a_part(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if func is not torch.Tensor.__getitem__ or not isinstance(args[0], Sliced) or is_watched():
-            return None
-        weight, index = args
-        return weight.sliced.take(index) if weight._resident() is None else None  # a whole may have been written to
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        return None, torch.ops.aten.select_backward(grad, ctx.shape, 0, ctx.place), None
 
 
 def _as_place(index: Any) -> int | None:

@@ -48,6 +48,14 @@ class Stock:
         absent = {weight.name for weight in matched.missing}
         return cls([weight for weight in weights if weight.name not in absent], matched.infos, wanted)
 
+    def of(self, weights: Sequence[Weight]) -> Stock:
+        """The same for those of a copy of the model."""
+        return Stock(weights, self.infos, self._wanted)
+
+    def replace(self, infos: Mapping[str, WeightInfo]) -> None:
+        """The weights that these are of have other places now, and are there as they are bound."""
+        self.infos = {**self.infos, **infos}
+
     def nbytes_of(self, weight: Weight) -> int:
         """One of them, bound."""
         return weight.numel * self.dtype(weight).itemsize

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,10 +137,11 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
         number += 1
 
 
-def survey(model: nn.Module | Modules, *, of_copy: bool = False) -> Sequence[Weight]:
+def survey(model: nn.Module | Modules, *, known: Mapping[int, Weight] | None = None) -> Sequence[Weight]:
     """The distinct parameters of a model in definition order. A module that appears twice counts under its first name.
 
-    Of a copy of a streamed model only those without values: the others are the user's own.
+    Of a copy of a streamed model only those that are ``known``, by their numbers (``id``), which keep their names: the
+    others are the user's own.
 
     Raises ModelError for a parameter that is more than its bytes (a quantised one) or has no shape yet (a lazy one).
     """
@@ -148,7 +149,7 @@ def survey(model: nn.Module | Modules, *, of_copy: bool = False) -> Sequence[Wei
     tied: dict[int, list[Use]] = {}
     for prefix, module in Modules.of(model).items():
         for local_name, parameter in module._parameters.items():
-            if parameter is None or (of_copy and not parameter.is_meta):
+            if parameter is None or (known is not None and id(parameter) not in known):
                 continue
             _check_plain(parameter, prefix, local_name)
             key = id(parameter)
@@ -163,7 +164,10 @@ def survey(model: nn.Module | Modules, *, of_copy: bool = False) -> Sequence[Wei
         kind = kinds.get(looks)
         if kind is None:
             kind = kinds[looks] = Kind(tuple(parameter.shape), *looks[1:])
-        name = sys.intern(f"{prefix}.{local_name}" if prefix else local_name)  # the checkpoint has it too
+        if known is not None:
+            name = known[key].name
+        else:
+            name = sys.intern(f"{prefix}.{local_name}" if prefix else local_name)  # the checkpoint has it too
         weights.append(Weight(name, kind, prefix, local_name, tuple(tied.get(key, ()))))
     return weights
 

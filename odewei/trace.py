@@ -9,7 +9,7 @@ on the host, early exits) cannot run like this; the first real pass then finds t
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from odewei.errors import OptionsError, TraceError
+from odewei.module_binding import idle_of
 from odewei.runtime import Runtime, runtime_of
 from odewei.trace_file import read_trace, write_trace
 from odewei.trace_map import holders, modules_entered, units_entered
@@ -43,7 +44,7 @@ def trace(model: nn.Module, /, *args: object, **kwargs: object) -> Trace:
     """
     runtime = runtime_of(model)
     entered: list[str] = []
-    with torch.no_grad(), runtime.binder.suspended(), _without_weights(model, holders(runtime.units), entered):
+    with torch.no_grad(), _without_weights(model, runtime, entered):
         try:
             model.forward(*_copies(args), **_copies(kwargs))
         except Exception as error:
@@ -123,11 +124,14 @@ def _copies(inputs: Any) -> Any:
 
 
 @contextmanager
-def _without_weights(model: nn.Module, noted: Collection[str], entered: list[str]) -> Iterator[None]:
+def _without_weights(model: nn.Module, runtime: Runtime, entered: list[str]) -> Iterator[None]:
     """Swap every parameter for a fake one, buffers for copies, and the hooks for ones that take notes; then back.
 
-    The names of those modules entered that are among ``noted`` are appended to ``entered``.
+    The names of the modules entered that units hang on are appended to ``entered``: those that they had when the streamed
+    model was built, wherever they are now.
     """
+    names = runtime.names()
+    noted = frozenset(holders(runtime.units))
     made: dict[int, nn.Parameter] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -145,16 +149,17 @@ def _without_weights(model: nn.Module, noted: Collection[str], entered: list[str
     modules = dict(model.named_modules())
     saved = {name: {slot: module.__dict__[slot] for slot in _slots(module)} for name, module in modules.items()}
     try:
-        for name, module in modules.items():
+        for module in modules.values():
             own = module.__dict__
-            own["_parameters"] = {key: fake(value) for key, value in dict.items(own["_parameters"])}
+            own["_parameters"] = {key: fake(value) for key, value in idle_of(own["_parameters"]).items()}
             own["_buffers"] = _copies(own["_buffers"])
             if "_flat_weights" in own:
                 own["_flat_weights"] = [own["_parameters"][key] for key in module._flat_weights_names]
-            own["_forward_pre_hooks"] = {-1: _note_taker(name, entered)} if name in noted else {}
+            hooked = names.get(id(module))
+            own["_forward_pre_hooks"] = {-1: _note_taker(hooked, entered)} if hooked in noted else {}
             own["_forward_hooks"] = {}
-        if "" in noted:
-            entered.append("")  # its forward is called without its hooks
+        if (hooked := names.get(id(model))) in noted:
+            entered.append(hooked)  # its forward is called without its hooks
         yield
     finally:
         for name, module in modules.items():

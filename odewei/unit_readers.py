@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from odewei.loaders.base import WeightInfo, WeightsLoader
+from odewei.loaders.base import CheckpointFile, WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.loaders.remote_file import RemoteFile
 from odewei.scheduler.callable_unit import CallableUnit, Expected
 from odewei.scheduler.host_memory import PAGE, Bytes, round_up
 from odewei.scheduler.read_plan import size_without_plan
-from odewei.scheduler.reader import Job, PlannedUnit, UnitReader
+from odewei.scheduler.reader import FileTable, Job, PlannedUnit, Resized, UnitReader
 from odewei.scheduler.reads import Placement, ReadSettings, Wanted
 from odewei.scheduler.slabs import SlabPool
 from odewei.stock import Stock
@@ -71,6 +71,14 @@ class UnitReaders:
         wanted = self.wanted_of(weights)
         return PlannedUnit(wanted, self._settings(wanted, _SMALLEST_CHUNK), self._source, once=True)
 
+    def planned_anew(self, weights: Sequence[Weight], infos: Mapping[str, WeightInfo], nbytes: int) -> UnitReader:
+        """How weights are read from other places than before, as they are stored there. ``nbytes`` is the size of the
+        memory that the unit had until now.
+        """
+        wanted = [Wanted(weight.name, infos[weight.name], infos[weight.name].dtype) for weight in weights]
+        source = self._source if isinstance(self._source, WeightsLoader) else _NoLoader()
+        return _Moved(PlannedUnit(wanted, _settings(self._direct, _SMALLEST_CHUNK), source), nbytes)
+
     def _settings(self, wanted: Sequence[Wanted], chunk_bytes: int) -> ReadSettings:
         return _settings(self._direct or any(map(_is_remote, wanted)), chunk_bytes)
 
@@ -107,6 +115,53 @@ class _SmallUnit:
         """How it was read, for the last time that anybody asks."""
         planned, self._planned = self._planned, None
         return planned or self._readers.planned_once(self._weights)
+
+
+class _NoLoader(WeightsLoader):
+    """For units that lie in files all of them."""
+
+    def weights(self) -> Mapping[str, WeightInfo]:
+        return {}
+
+    def read_into(self, info: WeightInfo, buffer: memoryview) -> None:
+        raise AssertionError("all bytes are in files")
+
+
+class _Moved:
+    """A unit that lies elsewhere than before, and may need another size than the one it is known with."""
+
+    def __init__(self, reader: PlannedUnit, nbytes: int) -> None:
+        self._reader, self._known = reader, nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return self._reader.nbytes
+
+    def jobs(self) -> Sequence[Job]:
+        if self._known != self._reader.nbytes:
+            self._known = self._reader.nbytes
+            return [_Resize(self._known)]
+        return self._reader.jobs()
+
+    @property
+    def placements(self) -> Sequence[Placement]:
+        return self._reader.placements
+
+    def tensors(self, slab: Bytes) -> dict[str, torch.Tensor]:
+        return self._reader.tensors(slab)
+
+
+class _Resize:
+    """A job that asks for memory of another size."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+
+    def files(self) -> Sequence[CheckpointFile]:
+        return ()
+
+    def run(self, slab: Bytes, files: FileTable) -> int:
+        raise Resized(self._nbytes)
 
 
 def _is_remote(weight: Wanted) -> bool:

@@ -233,7 +233,7 @@ def streamed(build: ModelFn, source: object, **options: object) -> Iterator[nn.M
     model = init_on_demand_weights_model(build, source, **options).eval()
     try:
         yield model
-        runtime = odewei.runtime.find_runtime(model)
+        runtime = next(iter(odewei.runtime.runtimes_in(model)), None)
         if runtime is not None:
             runtime.driver.ledger.check_invariants()
             assert runtime.driver.ledger.leases() == 0

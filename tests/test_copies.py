@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import odewei
-from odewei.runtime import find_runtime, runtime_of
+from odewei.runtime import runtime_of, runtimes_in
 from tests import models
 
 
@@ -121,17 +121,22 @@ def test_parts_and_pickles_are_refused(tmp_path: Path) -> None:
     path = models.save(model, tmp_path / "model.safetensors")
     with models.streamed(build, path) as streamed:
         for refused in (
-            lambda: copy.deepcopy(streamed.model.layers[0]),
-            lambda: copy.deepcopy(streamed.model.layers[0].mlp.up_proj),
             lambda: pickle.dumps(streamed),
             lambda: torch.save(streamed, io.BytesIO()),
             lambda: pickle.dumps(streamed.model.layers[0].mlp.up_proj),
         ):
             with pytest.raises(odewei.OdeweiError, match="materialize"):
                 refused()
+        for part in (lambda one: one.model.layers[0], lambda one: one.model.layers[0].mlp.up_proj):
+            made = copy.deepcopy(part(streamed))
+            assert not runtimes_in(made)
+            for found in (made, pickle.loads(pickle.dumps(made))):
+                expected = dict(part(model).named_parameters())
+                assert all(type(one) is nn.Parameter for one in found.parameters())
+                assert all(torch.equal(one, expected[name]) for name, one in found.named_parameters())
         check(model, streamed, "llama")
         odewei.materialize(streamed)
         made = copy.deepcopy(streamed)
-        assert find_runtime(made) is None
+        assert not runtimes_in(made)
         check(model, made, "llama")
         check(model, copy.deepcopy(pickle.loads(pickle.dumps(streamed))), "llama")

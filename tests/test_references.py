@@ -11,7 +11,6 @@ from torch import nn
 from torch.func import functional_call
 
 import odewei
-from odewei.escapes import Escapes
 from odewei.runtime import runtime_of
 from tests import models
 
@@ -36,7 +35,7 @@ def drive_out(streamed: nn.Module, layer: int) -> None:
     name = f"{layer}.0.weight"
     unit = next(index for index, unit in enumerate(runtime.units) if name in {one.name for one in unit.weights})
     for _ in range(50):
-        if runtime.binder.resident(unit, name) is None:
+        if runtime.binder.find(unit, name) is None:
             return
         for other in range(len(streamed)):
             if other != layer:
@@ -60,7 +59,8 @@ def test_a_write_after_the_unit_left(keep: bool, how: str, pair: tuple[nn.Module
     weight = streamed[2][0].weight
     target = weight if how == "the parameter" else weight[3:7]
     del weight
-    drive_out(streamed, 2)
+    if how == "the parameter":  # a unit of which somebody has a view does not leave
+        drive_out(streamed, 2)
     with torch.no_grad():
         target.mul_(3)
         (model[2][0].weight if how == "the parameter" else model[2][0].weight[3:7]).mul_(3)
@@ -106,20 +106,6 @@ def test_a_write_through_parameters(how: str, pair: tuple[nn.Module, nn.Module])
         check(model, streamed)
         for layer in (0, 1, 3, 4):
             drive_out(streamed, layer)
-
-
-def test_a_write_between_choosing_a_unit_and_its_leaving() -> None:
-    """It is kept although nobody holds what was written into; what nobody wrote into is not."""
-    escapes, fresh = Escapes(), {"written": nn.Parameter(torch.zeros(3)), "read": nn.Parameter(torch.zeros(3))}
-    leaving = {name: nn.Parameter(torch.ones(3), requires_grad=False) for name in fresh}
-    leaving["written"].mul_(5)
-    escapes.note(0, leaving)
-    assert (escapes.is_written(0, "written"), escapes.is_written(0, "read")) == (True, False)
-    back = dict(fresh)
-    escapes.bring_back(0, back)
-    assert torch.equal(back["written"], torch.full((3,), 5.0))
-    assert back["written"]._version > 0
-    assert back["read"] is fresh["read"]
 
 
 def test_what_was_only_read_is_not_kept(pair: tuple[nn.Module, nn.Module]) -> None:

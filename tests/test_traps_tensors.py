@@ -99,7 +99,7 @@ def test_every_kind(
             for index in range(len(SHAPES)):
                 found = getattr(part, f"p{index}")
                 assert found.data_ptr() % 64 == 0
-                assert type(found) is nn.Parameter
+                assert isinstance(found, nn.Parameter)
                 assert not found.requires_grad
         assert [one.dtype for one in streamed.parameters()] == [one.dtype for one in expected]
 

@@ -55,8 +55,8 @@ class Blocks(nn.Module):
 def twins(
     build: zoo.ModelFn, folder: Path, depth: int | str = "auto", *, fraction: float = 0.4, **options: object
 ) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """A frozen resident model and the same one streamed from a file under a part of its bytes."""
-    model = zoo.resident(build).requires_grad_(False)
+    """A resident model and the same one streamed from a file under a part of its bytes."""
+    model = zoo.resident(build)
     path = zoo.save(model, folder / "model.safetensors")
     budget = max(int(fraction * zoo.weight_bytes(model)), zoo.smallest_budget(build, path, **options))
     assert budget < zoo.weight_bytes(model), "nothing would stream"

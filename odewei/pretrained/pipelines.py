@@ -21,7 +21,7 @@ from odewei.errors import CheckpointError, CheckpointNotFoundError, OdeweiError,
 from odewei.pretrained.build import build_pretrained, placed
 from odewei.pretrained.folder import read_json
 from odewei.pretrained.options import Asked, FileOptions, StreamOptions, required
-from odewei.runtime import find_runtime
+from odewei.runtime import runtime_of, runtimes_in
 
 __all__ = ["Pipeline", "stream_folder", "stream_parts"]
 
@@ -96,7 +96,7 @@ def stream_parts(pipeline: Pipeline, folder: str | os.PathLike[str] | None, aske
             f"{name}= beside a pipeline that was built", cure=f"Set it on the pipeline: pipeline.{name} = ..."
         )
     place = _folder(pipeline, folder)
-    models = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and find_runtime(part) is None}
+    models = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and not runtimes_in(part)}
     configs = {name: getattr(part, "config", None) for name, part in models.items()}
     classes = {name: type(part) for name, part in models.items()}
     variants = _variants(place, read_json(place / _INDEX), asked.variant) if asked.variant is not None else {}
@@ -133,9 +133,7 @@ def _streamed(
             overrides={},
         )
         made[name] = build_pretrained(placed(folder / name, str(folder / name), part), part)
-        runtime = find_runtime(made[name])
-        assert runtime is not None
-        undo.callback(runtime.close)
+        undo.callback(runtime_of(made[name]).close)
     return made
 
 

@@ -79,14 +79,10 @@ class Chooser:
             return False
         if self._leases.lingers(record) or unit in self._wants:
             return False
-        if self._may_be_held(record) and record.account.is_held(record.place):
+        if record.account.is_held(record.place):
             return False
         record.stays = record.account.was_written(record.place)
         return not record.stays
-
-    def _may_be_held(self, record: UnitRecord) -> bool:
-        """Whether it is worth asking: to ask for all that a graph of autograd holds would take longer than reading."""
-        return record.on_demand or record.handed_out or self._leases.is_last(record)
 
     def __repr__(self) -> str:
         return f"<Chooser from {self._tally!r}>"

@@ -37,10 +37,12 @@ class OnDevice(Driver):
         self.host = host
         self.time = DeviceTime(self.accelerator)
 
-    def enter_pass(self, account: Account, frame: FrameType) -> None:
+    def enter_pass(self, account: Account, frame: FrameType) -> bool:
         self.accelerator.note_stream()
-        if self.ledger.enter_pass(account, frame):
+        outermost = self.ledger.enter_pass(account, frame)
+        if outermost:
             self.time.begin()
+        return outermost
 
     def leave_pass(self, account: Account) -> None:
         if self.ledger.leave_pass(account):

@@ -26,6 +26,7 @@ from odewei.scheduler.reader import FileTable, Job, Resized, UnitReader
 from odewei.scheduler.records import Account, UnitRecord, Waiter
 from odewei.scheduler.slab import Slab
 from odewei.scheduler.states import State
+from odewei.scheduler.transforms import untransformed
 
 __all__ = ["Driver", "was_closed"]
 
@@ -87,9 +88,9 @@ class Driver(ABC):
         self.ledger.leave(unit)
         self.poke()
 
-    def enter_pass(self, account: Account, frame: FrameType) -> None:
-        """This thread enters a model, whose call runs in ``frame``."""
-        self.ledger.enter_pass(account, frame)
+    def enter_pass(self, account: Account, frame: FrameType) -> bool:
+        """This thread enters a model, whose call runs in ``frame``. Whether it was outside of every model."""
+        return self.ledger.enter_pass(account, frame)
 
     def leave_pass(self, account: Account) -> None:
         """This thread leaves a model, whether by return or by exception."""
@@ -222,8 +223,9 @@ class Driver(ABC):
             return
         self.ledger.finish_read(record.id, nbytes_read)
         try:
-            record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
-            record.account.client.bind(record.place)
+            with untransformed():
+                record.account.client.publish(record.place, record.reader.tensors(self.ledger.pool.lend(slab)))
+                record.account.client.bind(record.place)
         except Exception as error:
             self._take_back(record, slab, error)
         else:

@@ -85,6 +85,11 @@ class LeaseBook:
             self._local.leases = mine
         return mine
 
+    def is_inside(self) -> bool:
+        """Whether the calling thread has a lease that it has not left behind."""
+        mine: ThreadLeases | None = getattr(self._local, "leases", None)
+        return mine is not None and bool(mine.leases) and not mine.leases[0].is_stale()
+
     def take(
         self, mine: ThreadLeases, account: Account, unit: UnitRecord | None, frame: FrameType, *, lingers: bool = False
     ) -> None:

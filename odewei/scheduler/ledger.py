@@ -219,6 +219,17 @@ class Ledger(Books):
         """
         return self.tally.lacks_any() or bool(self.tally.demanded) or bool(self.wants) or self._torn
 
+    def is_inside(self) -> bool:
+        """Whether this thread is inside a forward pass. Takes no lock: it asks about this thread only."""
+        return self._leases.is_inside()
+
+    @whole
+    def may_leave(self, unit: int) -> None:
+        """What kept a unit in memory for good has ended."""
+        record = self.units.get(unit)
+        if record is not None:
+            record.stays = False
+
     # -- whoever drives: one thread at a time ------------------------------------------------------------------------
 
     @whole

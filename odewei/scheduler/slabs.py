@@ -47,6 +47,7 @@ class SlabPool(Books):
         self._leaving: set[Slab] = set()  # of those in use
         self._spare: dict[str, tuple[object, Reservation]] = {}
         self._spare_bytes = 0
+        self._others: set[Reservation] = set()  # of memory that is not the pool's
         self._returned: deque[tuple[Slab, int]] = deque()  # with its use, which may be over already
         self._closed = False
         self.escapes = 0  # slabs that outlived their unit's eviction when the room was needed
@@ -145,6 +146,25 @@ class SlabPool(Books):
         return self._drop_spare(name) if name in self._spare else None
 
     @whole
+    def count(self, owner: str, nbytes: int, instead_of: Reservation | None = None) -> Reservation:
+        """Count memory that is not the pool's, as weights that a user has put in the place of others are: there is less
+        room, and if there is none the budget is overdrawn.
+        """
+        self.uncount(instead_of)
+        self._drain()
+        self._unmap_free(nbytes)
+        reservation = self.budget.reserve(owner, nbytes, beyond_limit=True)
+        self._others.add(reservation)
+        return reservation
+
+    @whole
+    def uncount(self, reservation: Reservation | None) -> None:
+        """It is not there any more."""
+        if reservation is not None and reservation in self._others:
+            self._others.remove(reservation)
+            self.budget.release(reservation)
+
+    @whole
     def set_limit(self, limit_bytes: int) -> None:
         """Change the budget, and unmap free slabs that a smaller one has no room for."""
         self.budget.set_limit(limit_bytes)
@@ -187,7 +207,8 @@ class SlabPool(Books):
         assert self._leaving <= self._in_use
         assert self._spare_bytes == sum(reservation.nbytes for _, reservation in self._spare.values())
         in_use = sum(slab.nbytes for slab in self._in_use)
-        assert in_use + self._unneeded_bytes() == self.budget.used_bytes, "a reserved byte has no owner"
+        others = sum(reservation.nbytes for reservation in self._others)
+        assert in_use + self._unneeded_bytes() + others == self.budget.used_bytes, "a reserved byte has no owner"
 
     def _give_back(self, slab: Slab, use: int) -> None:
         """Finalizer of a lent view: any thread, any moment; it waits for no lock."""
@@ -236,7 +257,7 @@ class SlabPool(Books):
         self._leaving &= self._in_use
         self._spare_bytes = sum(reservation.nbytes for _, reservation in self._spare.values())
         spare = [reservation for _, reservation in self._spare.values()]
-        self.budget.restate([*(slab.reservation for slab in self._in_use | free), *spare])
+        self.budget.restate([*(slab.reservation for slab in self._in_use | free), *spare, *self._others])
         self._find_lost(self._in_use)
 
     def _take_free(self, nbytes: int) -> Slab | None:

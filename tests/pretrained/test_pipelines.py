@@ -13,7 +13,7 @@ from torch import nn
 
 import odewei
 from odewei.errors import CheckpointError, CheckpointNotFoundError, OptionsError, UnsafeCheckpointError
-from odewei.runtime import find_runtime
+from odewei.runtime import runtimes_in
 from tests.models import same_bits, weight_bytes
 from tests.zoo.test_pipelines import _ENTRIES, _image, _text_encoder, _tokenizer
 
@@ -155,5 +155,5 @@ def test_the_runtime_is_found_for_each_part(folder: Path, closing: list[Any]) ->
     pipeline = odewei.stream_pipeline(folder)
     closing.append(pipeline)
     for model in models(pipeline).values():
-        assert find_runtime(model) is not None
+        assert runtimes_in(model)
         assert not model.training

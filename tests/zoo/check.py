@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,18 @@ SHARE = 0.4  # of the weights that the budget may hold; more where less does not
 
 
 def check(entry: Architecture, folder: Path) -> Report:
-    """Two passes and one with another input equal the frozen resident model's, within the budget,
-    and weights are read again.
+    """Two passes and one with another input equal those of the ordinary resident model, trainable as its class made it,
+    within the budget, and weights are read again. So do passes in inference mode and with gradients, and those of the
+    frozen model: torch chooses kernels by whether a weight requires gradients, even under no_grad.
 
-    Returns the report of the streamed model. Raises AssertionError.
+    Returns the report of the streamed model after the first three. Raises AssertionError.
     """
-    model = resident(entry.build).requires_grad_(False)  # torch chooses kernels by it, even under no_grad
+    model = resident(entry.build)
     path = save(model, folder / "model.safetensors")
     expected = {seed: outputs(model, entry.inputs(seed)) for seed in (1, 2)}
     assert expected[1], "the call returns no tensor"
+    in_modes = [in_mode(mode, model, entry.inputs(1)) for mode in MODES]
+    frozen = outputs(model.requires_grad_(False), entry.inputs(1))
     nbytes = weight_bytes(model)
     del model
     with smallest_streamed(entry.build, path, int(SHARE * nbytes)) as streamed:
@@ -40,7 +43,28 @@ def check(entry: Architecture, folder: Path) -> Report:
             read.append(odewei.report(streamed).bytes_read)
         report = odewei.report(streamed)
         check_streaming(entry, report, read)
+        for mode, known in zip(MODES, in_modes, strict=True):
+            assert same_bits(in_mode(mode, streamed, entry.inputs(1)), known), f"other bits under {mode.__name__}"
+        assert same_bits(outputs(streamed.requires_grad_(False), entry.inputs(1)), frozen), "other bits when frozen"
         return report
+
+
+MODES = (torch.inference_mode, torch.enable_grad)
+
+
+def in_mode(
+    mode: Callable[[], AbstractContextManager[Any]], model: nn.Module, inputs: dict[str, Any]
+) -> list[torch.Tensor]:
+    """All tensors that a call under ``mode`` returns; none where the model cannot be called so."""
+    torch.manual_seed(0)
+    try:
+        with mode():
+            found = [one.detach().clone() for one in tensors(model(**inputs), set())]
+    except odewei.OdeweiError:
+        raise
+    except Exception:
+        return []
+    return found
 
 
 def check_streaming(entry: Architecture, report: Report, read: list[int]) -> None:
@@ -67,7 +91,7 @@ def smallest_streamed(build: Callable[[], nn.Module], path: Path, budget_bytes: 
     model = _build(build, path, budget_bytes).eval()
     try:
         yield model
-        runtime = odewei.runtime.find_runtime(model)
+        runtime = next(iter(odewei.runtime.runtimes_in(model)), None)
         assert runtime is not None
         runtime.driver.ledger.check_invariants()
         assert runtime.driver.ledger.leases() == 0, "a lease was not returned"

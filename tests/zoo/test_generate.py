@@ -42,7 +42,7 @@ def test_same_tokens(name: str, way: str, tmp_path: Path, record_property: Any) 
     record_property("family", "generate()")
     pytest.importorskip("transformers")
     entry = _ENTRIES[name]
-    model = resident(entry.build).requires_grad_(False)
+    model = resident(entry.build)
     path = save(model, tmp_path / "model.safetensors")
     expected = _generated(model, entry, _WAYS[way])
     assert expected.shape[1] > 6

@@ -1,0 +1,82 @@
+"""The parameter that computes: what a module's forward finds under the name of a streamed weight while its unit is here.
+
+It is made anew each time the unit arrives, over the unit's memory, and torch treats it like any parameter: a subclass of
+``nn.Parameter`` keeps all fast paths. It differs in one thing: ``.data`` counts writes together with the parameter (torch's
+own does not), so that a write cannot be lost when the unit leaves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from odewei.errors import ModelError
+from odewei.scheduler.transforms import untransformed
+
+__all__ = ["Real", "in_graph"]
+
+
+class Real(nn.Parameter):
+    """Made by ``of``."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, requires_grad: bool) -> Real:
+        """Over the memory of ``tensor``. To be called without gradients and outside of inference mode."""
+        made: Real = torch.Tensor._make_subclass(cls, tensor, requires_grad)  # type: ignore[assignment]
+        return made
+
+    @property
+    def data(self) -> torch.Tensor:
+        return torch.Tensor.detach(self)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        from odewei.binding import original_of  # it needs this class
+
+        original = original_of(self)
+        if original is None:
+            raise ModelError(
+                "the parameter of this weight cannot be found any more, so that its data cannot be replaced",
+                cure="Assign to the parameter outside of the forward pass",
+            )
+        original.data = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            with torch.no_grad():
+                memo[id(self)] = nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)
+        found: nn.Parameter = memo[id(self)]  # type: ignore[assignment]
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = nn.Parameter(self.detach(), requires_grad=self.requires_grad)
+        return copy.copy(made).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+class _Bridge(torch.autograd.Function):
+    """From parameters that have no values to the tensors that have them: gradients are accumulated in the former.
+
+    It saves nothing, so that graphs of several passes may go back through it, one after another.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reals: Sequence[torch.Tensor], *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(real.detach() for real in reals)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return None, *grads
+
+
+def in_graph(parameters: Sequence[torch.Tensor], reals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What computes with gradients for ``parameters``, each over the memory of its real tensor."""
+    with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad(), torch.inference_mode(False), untransformed():
+        made = _Bridge.apply(reals, *parameters)  # type: ignore[no-untyped-call]
+    for one in made:
+        one.__class__ = Real
+    return list(made)

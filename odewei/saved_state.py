@@ -1,0 +1,150 @@
+"""The weights as ``state_dict()`` hands them out to be saved: in memory that is neither the budget's nor the model's.
+
+What ``state_dict()`` holds are the parameters, detached (see ``placeholder``): written into, they change the model, as
+those of any model do. Whoever saves them looks at their memory: that is, as long as the weight is as in the checkpoint,
+
+- a private, copy-on-write map of the checkpoint's file, where the weight lies there as the model has it: page cache, which
+  the system may drop;
+- a map of a temporary file otherwise (gathered, cast, compressed weights, those of functions and remote files), filled
+  when it is first looked at, one unit after another within the budget;
+- for the files of ``torch.save`` and NumPy a map of a temporary copy of the file: whoever saves over such a file empties
+  it first, and what is mapped of it would be gone, with the process. Files of safetensors are replaced when they are saved.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from odewei.errors import WeightReadError
+from odewei.loaders.base import CheckpointFile, WeightInfo
+from odewei.loaders.remote_file import RemoteFile
+from odewei.placeholder import Home
+from odewei.scheduler.reader import cannot_read
+
+__all__ = ["SavedState"]
+
+
+class SavedState:
+    """What is handed out of one model's weights. Methods may be called from any thread."""
+
+    def __init__(
+        self,
+        infos: Callable[[str], tuple[WeightInfo | None, torch.dtype]],
+        load: Callable[[Home], torch.Tensor],
+    ) -> None:
+        """``infos`` says where a weight is and the dtype that it is bound in; ``load`` returns the real tensor."""
+        self._infos = infos
+        self._load = load
+        self._lock = threading.RLock()
+        self._files: weakref.WeakValueDictionary[CheckpointFile, _Map] = weakref.WeakValueDictionary()
+        self._tensors: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
+
+    def tensor(self, home: Home) -> torch.Tensor:
+        """The weight, in memory that stays where it is while anybody has the tensor.
+
+        Raises WeightReadError if it cannot be read, or there is no room for the temporary file.
+        """
+        with self._lock:  # of one weight there is one: tied ones are recognised by that
+            found = self._tensors.get(home.name)
+            if found is None:
+                found = self._mapped(home)
+                if found is None:
+                    found = self._spooled(home)
+                self._tensors[home.name] = found
+            return found
+
+    def needs_copy(self, home: Home) -> bool:
+        """Whether the weight's file may be emptied by whoever saves over it, before the weight is looked at."""
+        info, _ = self._infos(home.name)
+        if info is None:
+            return False
+        sources = [part.source for part in info.parts] or [info]
+        return any(_is_rewritten(source) for source in sources)
+
+    def _mapped(self, home: Home) -> torch.Tensor | None:
+        """The weight over its file; None if it does not lie there as the model has it."""
+        info, dtype = self._infos(home.name)
+        if info is None or info.span is None or info.dtype != dtype:
+            return None
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype, device="cpu")
+        file, offset = info.span.file, info.span.offset
+        if offset % info.dtype.itemsize:
+            return None  # torch computes with whole elements
+        if isinstance(file, RemoteFile) or offset + info.span.nbytes > file.size:
+            return None  # touching a page beyond the end would kill the process
+        mapped = self._files.get(file)
+        if mapped is None:
+            made = _map(file)
+            if made is None:
+                return None
+            mapped = self._files[file] = made
+        count = info.nbytes // info.dtype.itemsize
+        with torch.inference_mode(False), torch.no_grad():
+            flat = torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=offset)
+            return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
+
+    def _spooled(self, home: Home) -> torch.Tensor:
+        """The weight over a temporary file."""
+        real = self._load(home).detach()
+        try:
+            with tempfile.TemporaryFile(prefix="odewei-") as file:
+                file.truncate(max(1, real.untyped_storage().nbytes()))
+                memory = _Map(file.fileno(), 0, access=mmap.ACCESS_WRITE)
+        except OSError as error:
+            raise _no_room(home.name, error) from error
+        with torch.inference_mode(False), torch.no_grad():
+            flat = torch.frombuffer(memory, dtype=real.dtype, count=max(1, _extent(real)))
+            made = flat.as_strided(real.shape, real.stride())
+            made.copy_(real)
+        return made
+
+
+def _is_rewritten(info: WeightInfo) -> bool:
+    """Whether saving a file of this kind empties it first. Those of safetensors are replaced by another."""
+    if info.span is not None and isinstance(info.span.file, RemoteFile):
+        return False
+    return info.file is not None and not info.file.endswith(".safetensors")
+
+
+class _Map(mmap.mmap):
+    """That weak references can be made to."""
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last."""
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size)
+
+
+def _map(file: CheckpointFile) -> _Map | None:
+    """The file, or a copy of it; None where it cannot be mapped (some network file systems)."""
+    try:
+        with open(file.path, "rb") as stream:
+            file.check_unchanged(stream.fileno())
+            if file.path.suffix == ".safetensors":
+                return _Map(stream.fileno(), os.fstat(stream.fileno()).st_size, access=mmap.ACCESS_COPY)
+            with tempfile.TemporaryFile(prefix="odewei-") as copy:
+                shutil.copyfileobj(stream, copy, 16 << 20)
+                file.check_unchanged(stream.fileno())
+                copy.flush()
+                return _Map(copy.fileno(), os.fstat(copy.fileno()).st_size, access=mmap.ACCESS_COPY)
+    except (PermissionError, FileNotFoundError) as error:
+        raise cannot_read(file, error) from error
+    except OSError:
+        return None
+
+
+def _no_room(weight: str, error: OSError) -> WeightReadError:
+    return WeightReadError(
+        f"there is no room for a temporary file with the weight: {error}",
+        weight=weight,
+        cure="Set TMPDIR to a folder with room for the weights of the model",
+    )

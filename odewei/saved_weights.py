@@ -1,0 +1,157 @@
+"""What autograd saves of streamed weights for the backward pass: references, which are read again there, not memory.
+
+While a thread computes with gradients inside a streamed model, torch hands every tensor that it saves to ``pack``
+(``torch.autograd.graph.saved_tensors_hooks``); one over a weight becomes a reference. Others go to the hooks that were
+there before (the user's, those of checkpointing), as if these were the only ones.
+
+Knows the hooks of torch and what they are pushed for. One list of pushes a thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["SavedWeights", "WeightReference"]
+
+_autograd = torch._C._autograd
+
+
+class Weights(Protocol):
+    """Where references come from, and what they lead to. Any thread calls it."""
+
+    def refer(self, tensor: torch.Tensor) -> WeightReference | None:
+        """A reference if the tensor is one over a weight's memory."""
+
+
+class WeightReference:
+    """A tensor over a weight: ``load`` gives its memory again; ``shape``, ``stride`` and ``offset`` are in elements.
+
+    ``version`` is what ``version_now`` said when it was saved: another one later means that the weight was written to.
+    """
+
+    __slots__ = ("_load", "_version", "dtype", "offset", "shape", "stride")
+
+    def __init__(self, tensor: torch.Tensor, version: int, load: Callable[[], tuple[torch.Tensor, int]]) -> None:
+        """``load`` returns a tensor that has the storage, and the weight's version at that time."""
+        self._load, self._version = load, version
+        self.shape, self.stride, self.offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+        self.dtype = tensor.dtype
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor, read again if need be. Raises RuntimeError, as torch does, if the weight was written to."""
+        real, version = self._load()
+        if version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"streamed weight of shape {list(self.shape)} is at version {version}; expected version "
+                f"{self._version} instead"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            made = torch.empty(0, dtype=self.dtype, device=real.device)
+            return made.set_(real.untyped_storage(), self.offset, self.shape, self.stride)
+
+
+class SavedWeights:
+    """The hooks of one model."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def begin(self, key: object) -> None:
+        """This thread computes with gradients until ``end`` with the same key."""
+        pushed = not self._is_on_top() and self._push()
+        _mine().append((key, pushed, self))
+
+    def end(self, key: object) -> None:
+        """What ``begin`` began, if it did."""
+        mine = _mine()
+        if mine and mine[-1][0] is key:
+            _, pushed, hooks = mine.pop()
+            if pushed:
+                hooks._pop()
+
+    @contextmanager
+    def during(self) -> Iterator[None]:
+        """This thread computes with gradients meanwhile."""
+        key = object()
+        self.begin(key)
+        try:
+            yield
+        finally:
+            self.end(key)
+
+    @staticmethod
+    def clear() -> None:
+        """This thread is outside of every model: end what an interrupt has left behind."""
+        mine = _mine()
+        while mine:
+            _, pushed, hooks = mine.pop()
+            if pushed:
+                hooks._pop()
+
+    def _push(self) -> bool:
+        if not _autograd._saved_tensors_hooks_is_enabled():
+            return False  # a transform (torch.func) allows none: it saves nothing beyond itself
+        outer = _autograd._top_saved_tensors_default_hooks(False)
+        pack, unpack = (None, None) if outer is None else outer
+        hooks = _Hooks(self, pack, unpack)
+        _autograd._push_saved_tensors_default_hooks(hooks.pack, hooks.unpack)
+        return True
+
+    def _pop(self) -> None:
+        if self._is_on_top():  # otherwise somebody has pushed others in here and left them
+            _autograd._pop_saved_tensors_default_hooks()
+
+    def _is_on_top(self) -> bool:
+        top = _autograd._top_saved_tensors_default_hooks(False)
+        hooks = getattr(top[0], "__self__", None) if top is not None else None
+        return isinstance(hooks, _Hooks) and hooks.owner is self
+
+
+class _Hooks:
+    """One push: ours, and those that were there before."""
+
+    __slots__ = ("_outer_pack", "_outer_unpack", "owner")
+
+    def __init__(
+        self, owner: SavedWeights, pack: Callable[[Any], Any] | None, unpack: Callable[[Any], Any] | None
+    ) -> None:
+        self.owner, self._outer_pack, self._outer_unpack = owner, pack, unpack
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        found = self.owner._weights.refer(tensor)
+        if found is not None:
+            return found
+        return tensor if self._outer_pack is None else _Packed(self._outer_pack(tensor))
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, WeightReference):
+            return packed.tensor()
+        if isinstance(packed, _Packed):
+            assert self._outer_unpack is not None, "only outer hooks pack"
+            return self._outer_unpack(packed.what)  # type: ignore[no-any-return]
+        return packed  # type: ignore[no-any-return]
+
+
+class _Packed:
+    """What the hooks that were there before have made of a tensor."""
+
+    __slots__ = ("what",)
+
+    def __init__(self, what: Any) -> None:
+        self.what = what
+
+
+_local = threading.local()
+
+
+def _mine() -> list[tuple[object, bool, SavedWeights]]:
+    found: list[tuple[object, bool, SavedWeights]] | None = getattr(_local, "pushes", None)
+    if found is None:
+        found = _local.pushes = []
+    return found
