@@ -207,3 +207,12 @@ def test_without_peft(tmp_path: Path, missing: Callable[[str], None]) -> None:
     missing("peft")
     with pytest.raises(MissingPackageError, match=r"the adapter in .* needs the package 'peft'"):
         odewei.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("saved_too", [["lm_head"], ["norm"]])
+def test_modules_that_an_adapter_brings_whole(saved_too: list[str], tmp_path: Path) -> None:
+    """Modules that were trained with the adapter (modules_to_save) come with it, and are in memory as it is."""
+    kind = with_adapter(llama, tmp_path, tmp_path, target_modules=["q_proj"], modules_to_save=saved_too)
+    kept = as_loaded(kind, tmp_path)
+    with streamed(tmp_path) as model:
+        assert same_bits(outputs(model, **TEXT), outputs(kept, **TEXT))

@@ -323,3 +323,30 @@ def test_what_is_left_over_is_told_once(tmp_path: Path, caplog: pytest.LogCaptur
         pass
     told = [record.getMessage() for record in caplog.records if record.name == "odewei"]
     assert told == ["LlamaForCausalLM has no use for these weights of the checkpoint: another.weight"]
+
+
+def test_what_can_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters are trainable where the libraries make them so: transformers all that are loaded, whatever the class
+    says; diffusers as the class says.
+    """
+
+    def frozen(kind: type[nn.Module], name: str) -> None:
+        before: Any = kind.__init__
+
+        def build(self: Any, *args: Any, **kwargs: Any) -> None:
+            before(self, *args, **kwargs)
+            getattr(self, name).requires_grad_(False)
+
+        monkeypatch.setattr(kind, "__init__", build)
+
+    def flags(model: nn.Module) -> dict[str, bool]:
+        return {name: value.requires_grad for name, value in model.named_parameters()}
+
+    kind, unet = saved(llama, tmp_path / "llama"), saved(_UNET.build, tmp_path / "unet")
+    frozen(transformers.models.llama.modeling_llama.LlamaRMSNorm, "weight")
+    frozen(diffusers.models.resnet.ResnetBlock2D, "norm1")
+    for each, path in ((kind, tmp_path / "llama"), (unet, tmp_path / "unet")):
+        kept = flags(each.from_pretrained(path))
+        with streamed(path) as model:
+            assert flags(model) == kept
+    assert not all(kept.values())

@@ -16,7 +16,7 @@ from torch import nn
 
 import odewei
 from odewei.errors import CheckpointError, CheckpointNotFoundError, OptionsError
-from odewei.runtime import find_runtime
+from odewei.runtime import runtimes_in
 from tests.models import same_bits
 from tests.pretrained.test_pipelines import CALL, folder, models
 from tests.zoo.test_pipelines import _ENTRIES, _image
@@ -91,7 +91,7 @@ def test_models_that_are_left_out(folder: Path, streamed: Any) -> None:
     """So it is with models, for whoever runs only the others."""
     pipeline = streamed(folder, vae=None, text_encoder=None, tokenizer=None)
     assert set(models(pipeline)) == {"unet"}
-    assert find_runtime(pipeline.unet) is not None
+    assert runtimes_in(pipeline.unet)
 
 
 def test_parts_of_ones_own(folder: Path, streamed: Any) -> None:
@@ -103,7 +103,7 @@ def test_parts_of_ones_own(folder: Path, streamed: Any) -> None:
     pipeline = streamed(folder, scheduler=scheduler, vae=vae)
     assert pipeline.vae is vae
     assert pipeline.scheduler is scheduler
-    assert find_runtime(pipeline.unet) is not None
+    assert runtimes_in(pipeline.unet)
     assert same_bits([_image(pipeline, 1, CALL)], [_image(kept, 1, CALL)])
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import odewei
 from odewei.errors import CheckpointError, MissingWeightError, OptionsError
-from odewei.runtime import find_runtime
+from odewei.runtime import runtime_of
 from tests.models import llama, same_bits
 from tests.pretrained.checkpoints import as_loaded, saved
 from tests.zoo.check import outputs
@@ -190,9 +190,7 @@ def test_what_is_read_and_what_is_computed(tmp_path: Path) -> None:
     kind, path = made("SD3Transformer2DModel", tmp_path / "model")
     model = odewei.from_pretrained(path, model_class=kind, config=tmp_path / "model")
     try:
-        runtime = find_runtime(model)
-        assert runtime is not None
-        source: Any = runtime._source
+        source: Any = runtime_of(model)._source
         assert source.computed == ()
         assert source.weights()["transformer_blocks.0.attn.to_k.weight"].span is not None
         assert len(source.weights()["norm_out.linear.weight"].parts) == 2

@@ -62,7 +62,7 @@ def loader_of(model: nn.Module) -> ConvertedLoader:
 
 @pytest.mark.parametrize("build", [llama, gpt2, bert, mixtral])
 def test_round_trip(build: Callable[[], nn.Module], tmp_path: Path) -> None:
-    """What save_pretrained wrote is streamed as the class of the configuration, in eval mode and frozen."""
+    """What save_pretrained wrote is streamed as the class of the configuration, in eval mode and trainable."""
     kind = saved(build, tmp_path)
     check(kind, tmp_path)
     with streamed(tmp_path) as model:
