@@ -260,6 +260,7 @@ class Ledger(Books):
         record = self.units[unit]
         self.tally.move(record, State.READING)
         record.slab = slab
+        record.unasked = not record.waiters
         if not record.leases:
             self.tally.fetched_ahead(record)
 
@@ -296,12 +297,17 @@ class Ledger(Books):
 
     @whole
     def fail(self, unit: int, error: BaseException, nbytes: int = 0) -> None:
-        """READING, STAGED or COPYING to FAILED. Those who wait get ``error``; the next who needs it tries again."""
+        """READING, STAGED or COPYING to FAILED. Those who wait get ``error``; the next who needs it tries again.
+
+        So do those who came to wait when the read, which nobody had asked for, was under way: what was wrong when it began
+        may be past, and a forward gets the error of a read of its own only.
+        """
         record = self.units[unit]
         self.tally.move(record, State.FAILED)
         record.slab = None
         record.account.counters.bytes_read += nbytes
-        self.tally.wake(record, error)
+        if not record.unasked or record.account.closed is not None or self._closed is not None:
+            self.tally.wake(record, error)
 
     @whole
     def shrink_for(self, unit: int) -> bool:

@@ -213,6 +213,7 @@ class UnitRecord:
     state: State = State.ABSENT
     leases: int = 0
     holders: tuple[Waiter, ...] = ()  # whose leases of those belong to no frame
+    unasked: bool = False  # its read began when nobody waited for it
     ahead: bool = False  # fetched before its use, and not used since
     stays: bool = False  # never evicted (written to in place, or for good)
     slab: Slab | None = None
