@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,9 +28,10 @@ from odewei.loaders.known_weights import KnownWeights
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.matched_loader import MatchedLoader, read_stored
 from odewei.name_readings import all_found, names_of, readings_of
-from odewei.op_program import Program
-from odewei.op_tape import OpTape
 from odewei.survey import Modules
+
+if TYPE_CHECKING:
+    from odewei.op_program import Program
 
 __all__ = ["as_loaded"]
 
@@ -138,6 +139,8 @@ class _Rehearsal:
     """One call of a model's ``load_state_dict`` on stand-ins."""
 
     def __init__(self, model: nn.Module, source: WeightsLoader) -> None:
+        from odewei.op_tape import OpTape  # few models need it, and importing odewei is to stay quick
+
         self._model, self._source = model, source
         self._tape = OpTape(functools.partial(read_stored, source))
         self._before: dict[tuple[int, str], torch.Tensor] = {}

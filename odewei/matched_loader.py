@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.gathering import GatheringLoader
 from odewei.loaders.tensors import view_as_weight
-from odewei.op_program import Program
+
+if TYPE_CHECKING:
+    from odewei.op_program import Program
 
 __all__ = ["MatchedLoader", "RenamedLoader", "read_stored"]
 
