@@ -8,7 +8,7 @@ tree.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -28,9 +28,9 @@ Kept = dict[int, tuple[torch.UntypedStorage, nn.Parameter]]
 
 
 class Rest:
-    """Of one model. ``small`` are parameters that were made with values, wherever they are now."""
+    """Of one model. ``small`` are parameters that were made with values, wherever they are now; it is emptied."""
 
-    def __init__(self, model: nn.Module, tape: Tape, small: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, tape: Tape, small: list[nn.Parameter]) -> None:
         self._tape = tape
         self._small = small
         self._modules = Modules(model)
@@ -45,6 +45,7 @@ class Rest:
         with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
             tree = self._tree()
             kept, shared = self._empty_small(tree)
+            self._small.clear()  # those that were thrown away go now
             if shared:
                 self._refuse_views(kept, shared, tree)
             if self._tape:

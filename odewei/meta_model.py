@@ -172,7 +172,6 @@ class _Build:
                 cure="Pass a function that builds and returns the model, for example lambda: MyModel(config)",
             )
         self._values = Rest(model, self.tape, self._small).settle()
-        self._small = []
         return model
 
     def parameter(self, data: torch.Tensor, requires_grad: bool) -> nn.Parameter:
