@@ -146,7 +146,7 @@ def _misses_values(error: Exception) -> bool:
 
 
 class _Build:
-    """One call of a model function. ``with_values``: everything is real, and weights take memory until it has returned."""
+    """One call of a model function. ``with_values``: all is real, and weights take memory until it has returned."""
 
     def __init__(self, *, with_values: bool = False) -> None:
         self.tape = Tape()
