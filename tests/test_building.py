@@ -399,7 +399,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.sampled_from(KINDS), max_size=6))
 def test_the_generator_stands_where_it_would(kinds: list[str]) -> None:
     """After a build the generator's state, and buffers that were drawn, are those of an ordinary build."""
@@ -429,7 +429,7 @@ def test_the_generator_after_whole_models(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), after)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2000), st.integers(650, 60_000))
 def test_a_jump_is_as_many_draws(before: int, draws: int) -> None:
     """Jumping over draws leaves the very state that drawing leaves, wherever the generator stands in its block."""
