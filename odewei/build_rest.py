@@ -8,7 +8,7 @@ tree.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -28,9 +28,9 @@ Kept = dict[int, tuple[torch.UntypedStorage, nn.Parameter]]
 
 
 class Rest:
-    """Of one model. ``small`` are parameters that were made with values, wherever they are now."""
+    """Of one model. ``small`` are parameters that were made with values, wherever they are now; it is emptied."""
 
-    def __init__(self, model: nn.Module, tape: Tape, small: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, tape: Tape, small: list[nn.Parameter]) -> None:
         self._tape = tape
         self._small = small
         self._modules = Modules(model)
@@ -45,6 +45,7 @@ class Rest:
         with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
             tree = self._tree()
             kept, shared = self._empty_small(tree)
+            self._small.clear()  # those that were thrown away go now
             if shared:
                 self._refuse_views(kept, shared, tree)
             if self._tape:
@@ -82,9 +83,11 @@ class Rest:
         gc.collect()
         known = {id(real) for _, real in kept.values()} | self._renewed()
         for found in gc.get_objects():
-            if type(found) in _PLAIN and not found.is_meta and id(found) not in known and id(found) not in tree:
-                if found.layout is torch.strided and (name := shared.get(found.untyped_storage()._cdata)) is not None:
-                    raise _view(name)
+            if type(found) not in _PLAIN or found.is_meta or id(found) in known or id(found) in tree:
+                continue
+            name = shared.get(found.untyped_storage()._cdata) if found.layout is torch.strided else None
+            if name is not None:
+                raise _view(name)
 
     def _fill_hidden(self, tree: dict[int, tuple[str, nn.Parameter]]) -> None:
         """Give values to all that is alive and not in the tree."""
@@ -124,10 +127,10 @@ class Rest:
         if nbytes > available_bytes() // 2:
             largest = max(hidden, key=lambda tensor: tensor.nbytes)
             raise ModelError(
-                f"{len(hidden)} tensors that are no parameters of the model's modules take {format_nbytes(nbytes)}, for "
-                f"which there is no memory; the largest is {self._describe(largest)}",
-                cure="Register the modules that are kept in lists, closures or caches (nn.ModuleList, an attribute), so "
-                "that their weights are read from the checkpoint",
+                f"{len(hidden)} tensors that are no parameters of the model's modules take {format_nbytes(nbytes)}, "
+                f"for which there is no memory; the largest is {self._describe(largest)}",
+                cure="Register the modules that are kept in lists, closures or caches (nn.ModuleList, an attribute), "
+                "so that their weights are read from the checkpoint",
             )
 
     def _describe(self, tensor: torch.Tensor) -> str:

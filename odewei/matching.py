@@ -304,8 +304,8 @@ def _initialise_as_transformers(model: Any, missing: Collection[int]) -> None:
 def _check_initialised(weight: Weight, parameter: nn.Parameter) -> None:
     if not parameter.is_floating_point() or bool(parameter.isnan().any()):
         raise ModelError(
-            "a missing weight cannot be initialised: the model was built before, without values, and nothing in it says "
-            "which",
+            "a missing weight cannot be initialised: the model was built before, without values, and nothing in it "
+            "says which",
             module=weight.module or None,
             weight=weight.name,
             cure="Add the weight to the checkpoint, or have model_fn build the model, not on the meta device",

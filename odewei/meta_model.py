@@ -146,7 +146,7 @@ def _misses_values(error: Exception) -> bool:
 
 
 class _Build:
-    """One call of a model function. ``with_values``: everything is real, and weights take memory until it has returned."""
+    """One call of a model function. ``with_values``: all is real, and weights take memory until it has returned."""
 
     def __init__(self, *, with_values: bool = False) -> None:
         self.tape = Tape()
@@ -172,7 +172,6 @@ class _Build:
                 cure="Pass a function that builds and returns the model, for example lambda: MyModel(config)",
             )
         self._values = Rest(model, self.tape, self._small).settle()
-        self._small = []
         return model
 
     def parameter(self, data: torch.Tensor, requires_grad: bool) -> nn.Parameter:

@@ -40,8 +40,8 @@ class _Lost(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Step:
-    """One call. ``writes`` are storages that it changes, ``made`` which of the tensors it returned are new; ``whole``: nothing of
-    what was in ``writes`` is left.
+    """One call. ``writes`` are storages that it changes, ``made`` which of the tensors it returned are new;
+    ``whole``: nothing of what was in ``writes`` is left.
     """
 
     func: Callable[..., Any]
@@ -84,7 +84,8 @@ class Tape:
 
     def wrote(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any],
-        written: Sequence[torch.Tensor], result: object = None, position: Position | None = None, *, whole: bool = False,
+        written: Sequence[torch.Tensor], result: object = None, position: Position | None = None, *,
+        whole: bool = False,
     ) -> None:  # fmt: skip
         """A call wrote into ``written``; ``whole``: into all of it, whatever was there."""
         whole = whole and all(_fills_storage(tensor) for tensor in written)

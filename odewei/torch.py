@@ -82,7 +82,8 @@ def init_on_demand_weights_model(
     model would be.
 
     Args:
-        model_fn: builds the module. It runs with parameters on the meta device, so that it takes no memory for weights.
+        model_fn: builds the module. It takes no memory for weights; all else is as after an ordinary call, torch's
+            generator of random numbers too.
         weights_loader_fn: a loader of ``odewei.loaders``; a path or URL of a checkpoint; a mapping of names to tensors;
             or a function ``(module_name, weight_names) -> {name: tensor}``, which is called in a reader thread.
         prefetch_depth: how many units (layers, mostly) to read ahead of their use; 0 reads each when it is needed,
@@ -104,7 +105,7 @@ def init_on_demand_weights_model(
             the weights anyway.
         num_readers: reader threads. More than 4 seldom helps. A shared ``MemoryBudget`` has its own number.
         enable_preloading: False is the same as ``prefetch_depth=0``.
-        on_missing: a weight that the checkpoint lacks: "error", or "init" to initialise it as the model would.
+        on_missing: a weight that the checkpoint lacks: "error", or "init": it has the value that ``model_fn`` gave it.
         on_mismatch: a weight or buffer that has another shape in the checkpoint: "error", or "init" to initialise it as
             if it were missing (``ignore_mismatched_sizes`` elsewhere).
         strict: entries of the checkpoint that the model has no use for are an error, as in ``load_state_dict``. By

@@ -8,7 +8,6 @@ shapes only, and fills cost nothing. It says that it is on the CPU. Where the va
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,27 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from odewei.call_kinds import (
+    BY_NUMBER,
+    CHEAP,
+    FACTORIES,
+    HARMLESS,
+    IN_PLACE,
+    LIKE,
+    MAY_DRAW,
+    NORMAL,
+    OTHER_DRAWS,
+    PLAIN_FILLS,
+    TO,
+    UNIFORM,
+    has_meta,
+    is_cpu_device,
+    is_on_cpu,
+    is_view,
+    numel,
+    shape_of,
+    tensors,
+)
 from odewei.owed_draws import OwedDraws, Position, draws_of_fill, draws_of_truncated_normal
 from odewei.tape import Tape
 
@@ -26,60 +46,7 @@ _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
 _Func = Callable[..., Any]
 
-_FACTORIES: dict[_Func, _Func | None] = {
-    torch.empty: None,
-    torch.zeros: None,
-    torch.ones: None,
-    torch.full: None,
-    torch.empty_strided: None,
-    torch.rand: torch.Tensor.uniform_,
-    torch.randn: torch.Tensor.normal_,
-    torch.normal: torch.Tensor.normal_,
-}  # and what draws as they do
-
-_LIKE: dict[_Func, _Func] = {torch.rand_like: torch.Tensor.uniform_, torch.randn_like: torch.Tensor.normal_}
-
-_UNIFORM = frozenset({"uniform_", "kaiming_uniform_", "xavier_uniform_"})
-_NORMAL = frozenset({"normal_", "kaiming_normal_", "xavier_normal_"})
-_OTHER_DRAWS = frozenset({"random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_"})
-_PLAIN_FILLS = frozenset({"fill_", "zero_", "constant_", "zeros_", "ones_"})
-# By name, because libraries put functions of their own in the place of those in torch.nn.init.
-
-_IN_PLACE = frozenset(
-    {
-        "abs_", "add_", "clamp_", "clamp_max_", "clamp_min_", "clip_", "div_", "erfinv_", "exp_", "fill_diagonal_", "log_",
-        "mul_", "neg_", "pow_", "sigmoid_", "sign_", "sqrt_", "sub_", "tanh_", "tril_", "triu_",
-    }
-)  # fmt: skip  # they change no shape
-_BY_NUMBER = frozenset({"add", "div", "mul", "sub", "true_divide", "__add__", "__mul__", "__radd__", "__rmul__",
-                        "__sub__", "__truediv__"})  # fmt: skip  # floats stay of the same kind
-_CHEAP = frozenset(
-    {
-        "__getitem__", "__setitem__", "as_strided", "chunk", "clone", "contiguous", "copy_", "detach", "diagonal",
-        "expand", "expand_as", "flatten", "movedim", "narrow", "permute", "reshape", "select", "split", "squeeze", "t",
-        "to", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as",
-    }
-)  # fmt: skip
-# Views, which must stay views, and what torch knows the shape of by itself. For others it imports its compiler first,
-# which takes seconds: small tensors rather get their values.
-_AT_ONCE = 1 << 22  # elements
-
-_MAY_DRAW = (
-    "rand", "normal", "uniform", "bernoulli", "dropout", "multinomial", "poisson", "exponential", "geometric", "cauchy",
-    "binomial", "gumbel", "dirichlet", "gamma", "kaiming", "xavier", "orthogonal", "sparse_", "lowrank", "lobpcg",
-    "rrelu", "fractional_max_pool", "attention", "lstm", "gru", "rnn",
-)  # fmt: skip
-
-_HARMLESS = frozenset(
-    {
-        "__hash__", "__len__", "_is_view", "_set_grad_enabled", "dim", "element_size", "get_device", "get_default_dtype",
-        "is_complex", "is_contiguous", "is_floating_point", "is_signed", "ndimension", "nelement", "numel",
-        "register_hook", "requires_grad_", "set_", "size", "storage_offset", "stride", "untyped_storage",
-    }
-)  # fmt: skip  # they neither write nor need values
-
-_TO = frozenset({"to", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty",
-                 "new_zeros", "new_ones", "new_full", "new_empty_strided"})  # fmt: skip
+_AT_ONCE = 1 << 22  # elements; what is computed from no more than that is computed at once
 
 
 class WithoutValues(TorchFunctionMode):
@@ -92,7 +59,7 @@ class WithoutValues(TorchFunctionMode):
         self._tape = tape
         self._owed: dict[torch.Generator, OwedDraws] = {}
         self._ways: dict[object, Callable[[_Func, _Args, _Kwargs], Any] | None] = dict.fromkeys(
-            _FACTORIES, self._factory
+            FACTORIES, self._factory
         )
         of_tensors: Any = torch.Tensor
         self._ways[of_tensors.device.__get__] = self._device
@@ -116,20 +83,22 @@ class WithoutValues(TorchFunctionMode):
 
     def settle(self) -> None:
         """Bring all generators to where they would be."""
-        for owed in self._owed.values():
-            owed.settle()
+        if self._owed:
+            with torch._C.DisableTorchFunction():  # this may be called with the mode on
+                for owed in self._owed.values():
+                    owed.settle()
 
     def _learn(self, func: _Func) -> Callable[[_Func, _Args, _Kwargs], Any] | None:
         """How calls of a function are taken; None: as they are."""
         name = getattr(func, "__name__", "")
         way: Callable[[_Func, _Args, _Kwargs], Any] | None
-        if name in ("__get__", "__set__", "__delete__") or name in _HARMLESS:
+        if name in ("__get__", "__set__", "__delete__") or name in HARMLESS:
             way = None
-        elif name in _UNIFORM or name in _NORMAL or name in _OTHER_DRAWS or name in _PLAIN_FILLS:
+        elif name in UNIFORM or name in NORMAL or name in OTHER_DRAWS or name in PLAIN_FILLS:
             way = self._fill
-        elif name in _IN_PLACE or name in _BY_NUMBER:
+        elif name in IN_PLACE or name in BY_NUMBER:
             way = self._by_number
-        elif name != "normalize" and any(part in name for part in _MAY_DRAW):
+        elif name != "normalize" and any(part in name for part in MAY_DRAW):
             way = self._random
         else:
             way = self._other
@@ -140,10 +109,10 @@ class WithoutValues(TorchFunctionMode):
     # -- making and filling ------------------------------------------------------------------------------------------
 
     def _factory(self, func: _Func, args: _Args, kwargs: _Kwargs) -> Any:
-        fill = _FACTORIES[func]
+        fill = FACTORIES[func]
         if (
-            not _is_on_cpu(kwargs.get("device"))
-            or _numel(args, kwargs) <= self.large
+            not is_on_cpu(kwargs.get("device"))
+            or numel(args, kwargs) <= self.large
             or kwargs.keys() & {"out", "names"}
             or kwargs.get("layout", torch.strided) is not torch.strided
         ):
@@ -165,18 +134,16 @@ class WithoutValues(TorchFunctionMode):
             tensor, kwargs = kwargs.get("tensor"), {key: value for key, value in kwargs.items() if key != "tensor"}
             args = (tensor,)
         tensor = args[0]
-        if not self._tape.has(tensor) or _has_meta((*args[1:], *kwargs.values())):
-            return (self._other if name in _PLAIN_FILLS else self._random)(func, args, kwargs)
+        if not self._tape.has(tensor) or has_meta((*args[1:], *kwargs.values())):
+            return (self._other if name in PLAIN_FILLS else self._random)(func, args, kwargs)
         position = None
-        if name not in _PLAIN_FILLS:
+        if name not in PLAIN_FILLS:
             generator = kwargs.get("generator")
             rest = {key: value for key, value in kwargs.items() if key != "generator"}
-            if name in _OTHER_DRAWS:
+            if name in OTHER_DRAWS:
                 draws = draws_of_fill(func, tensor, args[1:], rest)
             else:
-                draws = draws_of_fill(
-                    torch.Tensor.normal_ if name in _NORMAL else torch.Tensor.uniform_, tensor, (), {}
-                )
+                draws = draws_of_fill(torch.Tensor.normal_ if name in NORMAL else torch.Tensor.uniform_, tensor, (), {})
             position = self._draw(draws, generator, func, args, kwargs)
         self._tape.wrote(func, args, kwargs, [tensor], position=position, whole=True)
         return tensor  # there is nothing to fill, and torch would take its time to do so
@@ -260,10 +227,10 @@ class WithoutValues(TorchFunctionMode):
     # -- everything else ---------------------------------------------------------------------------------------------
 
     def _random(self, func: _Func, args: _Args, kwargs: _Kwargs) -> Any:
-        if not _has_meta((*args, *kwargs.values())):
+        if not has_meta((*args, *kwargs.values())):
             self.settle()
             return func(*args, **kwargs)
-        fill = _LIKE.get(func)
+        fill = LIKE.get(func)
         if fill is not None and self._tape.has(args[0]) and kwargs.keys() <= {"dtype", "requires_grad"}:
             made = func(*args, **kwargs)
             position = self._draw(draws_of_fill(fill, made, (), {}), None, func, args, kwargs)
@@ -280,7 +247,7 @@ class WithoutValues(TorchFunctionMode):
         if not plain or not self._tape.has(args[0]) or not args[0].is_floating_point():
             return self._other(func, args, kwargs)
         tensor: torch.Tensor = args[0]
-        if getattr(func, "__name__", "") in _IN_PLACE:
+        if getattr(func, "__name__", "") in IN_PLACE:
             self._tape.wrote(func, args, kwargs, [tensor])
             return tensor
         if not tensor.is_contiguous() or (tensor.requires_grad and torch.is_grad_enabled()):
@@ -291,20 +258,21 @@ class WithoutValues(TorchFunctionMode):
 
     def _other(self, func: _Func, args: _Args, kwargs: _Kwargs) -> Any:
         """Shapes now, values never or later: what is written or made is noted."""
-        if not _has_meta((*args, *kwargs.values())):
+        if not has_meta((*args, *kwargs.values())):
             return func(*args, **kwargs)
         flat, spec = tree_flatten((args, kwargs))
         fakes = [leaf for leaf in flat if self._tape.has(leaf)]
         if not fakes:
             return func(*args, **kwargs)
-        if getattr(func, "__name__", "") in _CHEAP or sum(fake.numel() for fake in fakes) > _AT_ONCE:
+        name = getattr(func, "__name__", "")
+        if name in CHEAP or name in TO or sum(fake.numel() for fake in fakes) > _AT_ONCE:
             return self._by_shape(func, flat, spec)
         return self._for_real(func, flat, spec)
 
     def _by_shape(self, func: _Func, flat: list[Any], spec: TreeSpec) -> Any:
-        if getattr(func, "__name__", "") in _TO:
-            flat = [_META if _is_cpu_device(leaf) else leaf for leaf in flat]
-        shapes = [_shape_of(leaf) for leaf in flat]
+        if getattr(func, "__name__", "") in TO:
+            flat = [_META if is_cpu_device(leaf) else leaf for leaf in flat]
+        shapes = [shape_of(leaf) for leaf in flat]
         before = [leaf._version if isinstance(leaf, torch.Tensor) else 0 for leaf in shapes]
         meta_args, meta_kwargs = tree_unflatten(shapes, spec)
         try:
@@ -321,7 +289,7 @@ class WithoutValues(TorchFunctionMode):
         cpu_args, cpu_kwargs = tree_unflatten([_CPU if leaf is _META else leaf for leaf in flat], spec)
         if written:
             self._tape.wrote(func, cpu_args, cpu_kwargs, [flat[place] for place in written], result)
-        elif any(leaf.is_meta and not self._tape.has(leaf) for leaf in _tensors(result)):
+        elif any(leaf.is_meta and not self._tape.has(leaf) for leaf in tensors(result)):
             self._tape.made(func, cpu_args, cpu_kwargs, result)
         return result
 
@@ -352,7 +320,7 @@ class WithoutValues(TorchFunctionMode):
         args, kwargs = tree_unflatten(real, spec)
         with torch.no_grad():
             result = func(*args, **kwargs)
-        if position is None and _is_view(result, list(values.values())):
+        if position is None and is_view(result, list(values.values())):
             return self._by_shape(func, list(flat), spec)
         written = [flat[place] for place, value in values.items() if value._version != before[place]]
         if written:
@@ -366,52 +334,3 @@ class WithoutValues(TorchFunctionMode):
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _TRUNCATED = torch.nn.init._no_grad_trunc_normal_.__code__
-
-
-def _is_on_cpu(device: object) -> bool:
-    return device is None or _is_cpu_device(device)
-
-
-def _is_cpu_device(device: object) -> bool:
-    return (isinstance(device, str) and device == "cpu") or (isinstance(device, torch.device) and device.type == "cpu")
-
-
-def _has_meta(values: Sequence[object]) -> bool:
-    """Whether one of the values, or of the members of those that are lists, is a tensor on the meta device."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            if value.is_meta:
-                return True
-        elif isinstance(value, list | tuple) and any(isinstance(one, torch.Tensor) and one.is_meta for one in value):
-            return True
-    return False
-
-
-def _shape_of(leaf: object) -> object:
-    """A tensor without values in the place of one with them: torch computes with both at once, without a word."""
-    if not isinstance(leaf, torch.Tensor) or leaf.is_meta or leaf.layout is not torch.strided:
-        return leaf
-    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-
-
-def _is_view(result: object, values: Sequence[torch.Tensor]) -> bool:
-    """Whether a result shares memory with one of the values and is none of them."""
-    storages = {value.untyped_storage()._cdata for value in values}
-    return any(
-        one.layout is torch.strided and one.untyped_storage()._cdata in storages
-        for one in _tensors(result)
-        if not any(one is value for value in values)
-    )
-
-
-def _tensors(values: object) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-
-
-def _numel(args: _Args, kwargs: Mapping[str, Any]) -> int:
-    """The elements that a factory call asks for; 0 if it cannot be told from its arguments."""
-    size = kwargs.get("size", args)
-    size = next((one for one in args if isinstance(one, list | tuple)), size)
-    if not isinstance(size, list | tuple) or not all(isinstance(length, int) for length in size):
-        return 0
-    return math.prod(size)
