@@ -73,8 +73,8 @@ def read_index(
     with open_header(file) as stream:
         text = stream.read()
     kind = kind_of(text[:_EXPLAINING_NBYTES], file.size)
-    if kind is not None and kind.reader != "index" and not text.lstrip()[:1] == b"{":
-        raise kind.error(file, "an index of shards")
+    if kind is not None and text.lstrip()[:1] not in (b"{", b"["):
+        raise kind.error(file, "an index of shards (JSON)")
     return parse_index(text, place, as_place(weights_dir), weights_mapping_key)
 
 

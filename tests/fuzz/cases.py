@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from .binaries import gguf_case, npy_case, npz_case, torch_case
 from .case import Case
 from .pickles import pickle_case
-from .texts import index_case, safetensors_case, sums_case
+from .texts import index_case, safetensors_case, shards_case, sums_case
 
 __all__ = ["KINDS", "make_case"]
 
@@ -14,6 +14,7 @@ _MAKERS = {
     "safetensors": safetensors_case,
     "index": index_case,
     "sums": sums_case,
+    "shards": shards_case,
     "npy": npy_case,
     "npz": npz_case,
     "torch": torch_case,
@@ -26,7 +27,7 @@ _OFTEN = (
     + ("torch",) * 2
     + ("pickle",) * 2
     + ("npz",) * 2
-    + ("npy", "gguf", "gguf", "sums")
+    + ("npy", "gguf", "gguf", "sums", "shards")
 )
 KINDS = tuple(kind for kind in _MAKERS if kind != "gguf" or find_spec("gguf") is not None)
 

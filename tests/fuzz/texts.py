@@ -9,7 +9,7 @@ from odewei.loaders.tensors import DTYPES
 
 from .case import NUMBERS, Case, damage, hostile_name, pick, value_of_another_kind
 
-__all__ = ["index_case", "right_safetensors", "safetensors_case", "sums_case"]
+__all__ = ["index_case", "right_safetensors", "safetensors_case", "shards_case", "sums_case"]
 
 DTYPE_NAMES = (*sorted(DTYPES), "F6_E2M3", "F6_E3M2", "F128", "f32", "", "U8 ")
 RAW = (
@@ -197,6 +197,30 @@ def _leading_out(rng: random.Random) -> str:
 def _shard(name: str) -> bytes:
     header = json.dumps({name: {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}).encode()
     return struct.pack("<Q", len(header)) + header + b"123"
+
+
+def shards_case(rng: random.Random) -> Case:
+    """Shards without an index: whole, lacking, numbered wrongly, of two sets, with names that repeat."""
+    count = rng.choice((1, 2, 2, 3, 3))
+    files: dict[str, bytes] = {}
+    for number in range(1, count + 1):
+        content = _shard("abc"[number - 1])
+        if rng.random() < 0.2:
+            content = rng.choice((_shard("a"), b"", damage(rng, content), b"<!DOCTYPE html>", content[:-1]))
+        files[f"model-{number:05}-of-{count:05}.safetensors"] = content
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        name = rng.choice(list(files))
+        number = rng.choice((0, 1, count, count + 1, 99999))
+        other = rng.choice(
+            (f"model-{number:05}-of-{count:05}.safetensors", f"model-1-of-{count}.safetensors", "config.json")
+        )
+        if rng.random() < 0.5:
+            files[other] = files.pop(name)
+        else:
+            files[other] = _shard(rng.choice("abcd"))
+    if rng.random() < 0.1:
+        files["model-00001-of-99999999.safetensors"] = _shard("d")
+    return Case("shards", rng.choice(list(files)), files)
 
 
 def sums_case(rng: random.Random) -> Case:
