@@ -95,9 +95,9 @@ class Binder:
         *,
         dtypes_known: bool,
     ) -> None:
-        """``units[i]`` are the weights of unit i; ``infos`` gives each one's dtype when bound, and its stride; ``parts``
-        are what reads parts of tables and of experts; ``device`` is where all are when bound. ``dtypes_known``: none
-        turns out to have another dtype when it is loaded.
+        """``units[i]`` are the weights of unit i; ``infos`` gives each one's dtype when bound, and its stride;
+        ``parts`` are what reads parts of tables and of experts; ``device`` is where all are when bound.
+        ``dtypes_known``: none turns out to have another dtype when it is loaded.
         """
         self._dtypes_known = dtypes_known
         self._parts = parts
@@ -204,8 +204,8 @@ class Binder:
                 weight.name: Real.of(tensors[weight.name], flags.get(weight.name, weight.requires_grad))
                 for weight in self._units[unit]
             }
-            # What a user does to a weight may take the unit's memory from it, but not from the unit. (`.data` is not a view
-            # of a tensor that counts as one more over the memory.)
+            # What a user does to a weight may take the unit's memory from it, but not from the unit. (`.data` is not
+            # a view of a tensor that counts as one more over the memory.)
             largest = max(tensors.values(), key=torch.Tensor.numel, default=None)
             self._anchors[unit] = None if largest is None else largest.data
         made.update(self._kept.pop(unit, {}))

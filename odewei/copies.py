@@ -1,8 +1,8 @@
 """What stands for the weights of a streamed model while ``copy.deepcopy`` copies it: parameters without values.
 
-Knows parameters and the memo of a copy. ``deep_copy`` makes a skeleton; the parameters of the model, which the copy comes
-across, ask for it. Where there is none only a part of the model is copied: that becomes an ordinary one, with its values.
-What else odewei hangs on modules stays out of copies (``leave_out``).
+Knows parameters and the memo of a copy. ``deep_copy`` makes a skeleton; the parameters of the model, which the copy
+comes across, ask for it. Where there is none only a part of the model is copied: that becomes an ordinary one, with its
+values. What else odewei hangs on modules stays out of copies (``leave_out``).
 """
 
 from __future__ import annotations

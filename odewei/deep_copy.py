@@ -1,9 +1,9 @@
 """``copy.deepcopy`` of a streamed model: a second one, independent, that streams from the same checkpoint.
 
 Everything but the weights is copied as usual: buffers, attributes, hooks of the user, parameters that the user has put
-into the model or changed in place. Weights become parameters without values, and the copy streams like a new model. What
-a parameter is follows from the object, not from its name, so that a model whose layers were moved, wrapped or taken out
-is copied as it is now. Nothing of a streamed model can be pickled.
+into the model or changed in place. Weights become parameters without values, and the copy streams like a new model.
+What a parameter is follows from the object, not from its name, so that a model whose layers were moved, wrapped or
+taken out is copied as it is now. Nothing of a streamed model can be pickled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Editing a model that is larger than memory: what is written into weights goes to new files, and streams on from there.
+"""Editing a model that is larger than memory: what is written into weights goes to new files, and streams on from
+there.
 
 A weight that was written to is the user's, and its unit stays in memory; after many edits nothing would be left of the
 budget. Within ``edit`` the units that were written to are saved one by one, each into a file of its own, and read from
@@ -33,15 +34,17 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @contextmanager
 def edit(model: Model, folder: str | os.PathLike[str]) -> Iterator[Model]:
-    """While inside, weights may be changed without staying in memory: merge an adapter, prune, round, within the budget.
+    """While inside, weights may be changed without staying in memory: merge an adapter, prune, round, within the
+    budget.
 
-    Any way of writing into the parameters of the model will do, ``.data = ...`` of the same shape and dtype included. Units
-    that were written to are saved as they fill up a part of the budget, and at the end; the model reads them from there
-    from then on, so the folder has to stay as long as the model streams. ``save_pretrained`` and ``state_dict`` afterwards
-    hand out the edited model whole.
+    Any way of writing into the parameters of the model will do, ``.data = ...`` of the same shape and dtype included.
+    Units that were written to are saved as they fill up a part of the budget, and at the end; the model reads them
+    from there
+    from then on, so the folder has to stay as long as the model streams. ``save_pretrained`` and ``state_dict``
+    afterwards hand out the edited model whole.
 
-    What cannot be read back as it was stays in memory as it does without ``edit``: parameters of another shape or dtype,
-    those that were put in the place of streamed ones, and tables and experts that are read in parts.
+    What cannot be read back as it was stays in memory as it does without ``edit``: parameters of another shape or
+    dtype, those that were put in the place of streamed ones, and tables and experts that are read in parts.
 
     Args:
         model: a streamed model, or a module that holds one.

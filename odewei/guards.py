@@ -1,9 +1,9 @@
 """Refuses, with the cure, what would load a whole streamed model for good: converting and moving it.
 
-``module.to()``, ``.half()``, ``.cuda()`` and their like all go through ``nn.Module._apply``. Of a streamed model's weights
-only what leaves them as they are is let pass, and is then done with everything else that the model has: buffers,
-adapters, parameters that are the user's own. Parts of the model are converted as ordinary modules are: their weights are
-loaded and are the user's own from then on.
+``module.to()``, ``.half()``, ``.cuda()`` and their like all go through ``nn.Module._apply``. Of a streamed model's
+weights only what leaves them as they are is let pass, and is then done with everything else that the model has:
+buffers, adapters, parameters that are the user's own. Parts of the model are converted as ordinary modules are: their
+weights are loaded and are the user's own from then on.
 """
 
 from __future__ import annotations

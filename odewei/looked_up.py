@@ -1,7 +1,7 @@
 """A table that is only looked up: ``F.embedding`` on it reads the rows that the ids ask for.
 
-What is done with the weight decides, not which module does it: a look-up takes rows; anything else loads the whole table
-and goes on with the real tensor (see ``substitution``).
+What is done with the weight decides, not which module does it: a look-up takes rows; anything else loads the whole
+table and goes on with the real tensor (see ``substitution``).
 
 Look-ups whose ids are not plain numbers in memory (under ``vmap``, tracers and dispatch modes, which want to see every
 operation) take the whole table too.

@@ -1,12 +1,12 @@
 """A module's parameters as its forward finds them: the two dictionaries that a module has by turns.
 
-Between passes it has the *idle* one, whose values are the parameters themselves, streamed ones without their bytes. While
-a thread is inside a module that a unit hangs on, the modules below it that draw from the unit have a *bound* one, which
-hands out real tensors as an ordinary dictionary does, because torch leaves its fast paths when it sees a subclass.
-Iterating either yields the parameters, the same objects whatever is resident.
+Between passes it has the *idle* one, whose values are the parameters themselves, streamed ones without their bytes.
+While a thread is inside a module that a unit hangs on, the modules below it that draw from the unit have a *bound*
+one, which hands out real tensors as an ordinary dictionary does, because torch leaves its fast paths when it sees a
+subclass. Iterating either yields the parameters, the same objects whatever is resident.
 
-Which of the two is in place decides about speed only. A forward that finds the idle one gets real tensors too, loaded if
-need be; and whoever finds the bound one from outside gets one that is right as long as the unit is here.
+Which of the two is in place decides about speed only. A forward that finds the idle one gets real tensors too, loaded
+if need be; and whoever finds the bound one from outside gets one that is right as long as the unit is here.
 
 Nothing here refers to a module but weakly, and nothing that the scheduler's side refers to refers to a parameter: who
 has neither module nor parameter any more has let the stream go.

@@ -1,9 +1,10 @@
 """A parameter whose bytes are elsewhere: one object for its whole life, whatever is in memory.
 
-It is the parameter of the model: what ``module.weight`` is outside of forward passes, what ``parameters()`` yields, what
-an optimizer keeps, what gradients are accumulated in. It has shape, dtype, device, ``requires_grad``, ``grad`` and hooks,
-and no storage. Whatever else is done with it is done with the *real* tensor, loaded if need be (see ``substitution``):
-above torch's own decompositions, so that every function runs as it does for a resident model, to the last bit.
+It is the parameter of the model: what ``module.weight`` is outside of forward passes, what ``parameters()`` yields,
+what an optimizer keeps, what gradients are accumulated in. It has shape, dtype, device, ``requires_grad``, ``grad`` and
+hooks, and no storage. Whatever else is done with it is done with the *real* tensor, loaded if need be (see
+``substitution``): above torch's own decompositions, so that every function runs as it does for a resident model, to
+the last bit.
 
 What the user does to it that bytes in a file cannot follow (``.data = ...``, ``set_``, ``swap_tensors``) makes it an
 ordinary parameter, the same object still: see ``become``.
@@ -175,7 +176,7 @@ class Placeholder(torch.Tensor):
         become(self, value.fetch().clone() if isinstance(value, Placeholder) else value)
 
     def _takes_values_of(self, value: torch.Tensor) -> bool:
-        """Whether the weight gets the values and streams on: while somebody edits the model, if they are of its kind."""
+        """Whether the weight gets the values and streams on: while the model is edited, if they are of its kind."""
         like = value.shape == self.shape and value.dtype == self.dtype and value.layout is torch.strided
         return like and self.is_owner and self.home.stream.is_edited()
 

@@ -1,8 +1,9 @@
-"""The parameter that computes: what a module's forward finds under the name of a streamed weight while its unit is here.
+"""The parameter that computes: what a module's forward finds under the name of a streamed weight while its unit is
+here.
 
-It is made anew each time the unit arrives, over the unit's memory, and torch treats it like any parameter: a subclass of
-``nn.Parameter`` keeps all fast paths. It differs in one thing: ``.data`` counts writes together with the parameter (torch's
-own does not), so that a write cannot be lost when the unit leaves.
+It is made anew each time the unit arrives, over the unit's memory, and torch treats it like any parameter: a subclass
+of ``nn.Parameter`` keeps all fast paths. It differs in one thing: ``.data`` counts writes together with the parameter
+(torch's own does not), so that a write cannot be lost when the unit leaves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One streamed model: its source, units, scheduler, hooks; its life and its report.
 
-The runtime holds the model weakly. The model's hooks and parameters hold its stream (``binding.WeightStream``), and when
-the last of them dies the runtime closes: a part of the model, or one parameter, keeps it as the whole does.
+The runtime holds the model weakly. The model's hooks and parameters hold its stream (``binding.WeightStream``), and
+when the last of them dies the runtime closes: a part of the model, or one parameter, keeps it as the whole does.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Runtime:
         *,
         copied: tuple[Stock, Mapping[int, Weight]] | None = None,
     ) -> None:
-        """``copied``: the model is a copy of a streamed one, whose weights these are, and what parameters without values
-        stand for, by their numbers (``id``); buffers and parameters with values are the copy's own.
+        """``copied``: the model is a copy of a streamed one, whose weights these are, and what parameters without
+        values stand for, by their numbers (``id``); buffers and parameters with values are the copy's own.
         """
         self.options = options
         self._source = source
@@ -297,8 +297,8 @@ class Runtime:
         if model is not None:
             _runtimes.pop(model, None)
             streamed_roots.discard(model)
-        # Nobody holds the stream any more when this returns, which closes it; unless somebody has taken a parameter away
-        # and keeps it: that goes on streaming.
+        # Nobody holds the stream any more when this returns, which closes it; unless somebody has taken a parameter
+        # away and keeps it: that goes on streaming.
 
     def _stream_copy(self, model: nn.Module, skeleton: Skeleton) -> None:
         """Make a copy of the model stream."""

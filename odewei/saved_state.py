@@ -3,12 +3,13 @@
 What ``state_dict()`` holds are the parameters, detached (see ``placeholder``): written into, they change the model, as
 those of any model do. Whoever saves them looks at their memory: that is, as long as the weight is as in the checkpoint,
 
-- a private, copy-on-write map of the checkpoint's file, where the weight lies there as the model has it: page cache, which
-  the system may drop;
+- a private, copy-on-write map of the checkpoint's file, where the weight lies there as the model has it: page cache,
+  which the system may drop;
 - a map of a temporary file otherwise (gathered, cast, compressed weights, those of functions and remote files), filled
   when it is first looked at, one unit after another within the budget;
-- for the files of ``torch.save`` and NumPy a map of a temporary copy of the file: whoever saves over such a file empties
-  it first, and what is mapped of it would be gone, with the process. Files of safetensors are replaced when they are saved.
+- for the files of ``torch.save`` and NumPy a map of a temporary copy of the file: whoever saves over such a file
+  empties it first, and what is mapped of it would be gone, with the process. Files of safetensors are replaced when
+  they are saved.
 """
 
 from __future__ import annotations

@@ -162,7 +162,8 @@ class SlicedWeight:
     def answer(
         self, whole: Placeholder, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> torch.Tensor | None:
-        """What a function gives, if it takes one expert and the whole is not here, where it may have been written to."""
+        """What a function gives, if it takes one expert and the whole is not here, where it may have been written
+        to."""
         if func is not torch.Tensor.__getitem__ or args[0] is not whole or is_watched():
             return None
         return self.take(args[1], whole) if whole.home.stream.resident(whole.home) is None else None

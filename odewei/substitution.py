@@ -1,8 +1,8 @@
 """What a function of torch does that is called with a placeholder: answered at once, from a part, or with real tensors.
 
 What describes the weight is answered without loading anything; what can be done with a part of it is up to its kind (a
-table's rows, a layer's experts); anything else loads the whole weight and goes on with the real tensor. torch asks above
-its own decompositions (``__torch_function__``); where Python was passed by, it asks once more below autograd
+table's rows, a layer's experts); anything else loads the whole weight and goes on with the real tensor. torch asks
+above its own decompositions (``__torch_function__``); where Python was passed by, it asks once more below autograd
 (``__torch_dispatch__``).
 """
 
@@ -25,10 +25,11 @@ __all__ = ["answer", "answer_below_autograd", "is_watched", "with_real"]
 
 _DESCRIPTION = """
     __len__ _backward_hooks _base _grad _is_view _post_accumulate_grad_hooks backward device dim dtype element_size
-    get_device grad grad_fn is_complex is_conj is_contiguous is_cpu is_cuda is_floating_point is_inference is_leaf is_meta
-    is_mkldnn is_mps is_neg is_nested is_pinned is_quantized is_signed is_sparse is_sparse_csr is_xla is_xpu itemsize
-    layout name nbytes ndim ndimension nelement numel output_nr register_hook register_post_accumulate_grad_hook
-    requires_grad retain_grad retains_grad shape size storage_offset stride _use_count
+    get_device grad grad_fn is_complex is_conj is_contiguous is_cpu is_cuda is_floating_point is_inference is_leaf
+    is_meta is_mkldnn is_mps is_neg is_nested is_pinned is_quantized is_signed is_sparse is_sparse_csr is_xla is_xpu
+    itemsize layout name nbytes ndim ndimension nelement numel output_nr register_hook
+    register_post_accumulate_grad_hook requires_grad retain_grad retains_grad shape size storage_offset stride
+    _use_count
 """
 
 _SETTERS = ("grad", "_grad", "_backward_hooks", "_post_accumulate_grad_hooks")

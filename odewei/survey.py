@@ -177,10 +177,8 @@ def survey(model: nn.Module | Modules, *, known: Mapping[int, Weight] | None = N
         kind = kinds.get(looks)
         if kind is None:
             kind = kinds[looks] = Kind(tuple(parameter.shape), *looks[1:])
-        if known is not None:
-            name = known[key].name
-        else:
-            name = sys.intern(f"{prefix}.{local_name}" if prefix else local_name)  # the checkpoint has it too
+        full_name = f"{prefix}.{local_name}" if prefix else local_name
+        name = sys.intern(full_name) if known is None else known[key].name  # the checkpoint has it too
         weights.append(Weight(name, kind, prefix, local_name, tuple(tied.get(key, ()))))
     return weights
 

@@ -127,8 +127,8 @@ def _copies(inputs: Any) -> Any:
 def _without_weights(model: nn.Module, runtime: Runtime, entered: list[str]) -> Iterator[None]:
     """Swap every parameter for a fake one, buffers for copies, and the hooks for ones that take notes; then back.
 
-    The names of the modules entered that units hang on are appended to ``entered``: those that they had when the streamed
-    model was built, wherever they are now.
+    The names of the modules entered that units hang on are appended to ``entered``: those that they had when the
+    streamed model was built, wherever they are now.
     """
     names = runtime.names()
     noted = frozenset(holders(runtime.units))

@@ -20,8 +20,8 @@ import odewei
 from odewei import errors, hf
 from odewei.experts import find_experts, listed_experts
 from odewei.loaders import SafetensorsLoader
-from odewei.runtime import runtime_of
 from odewei.placeholder import Placeholder
+from odewei.runtime import runtime_of
 from odewei.sliced import SlicedWeight
 from odewei.survey import survey
 from odewei.torch import init_on_demand_weights_model

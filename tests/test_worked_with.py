@@ -211,7 +211,8 @@ def resized_through_data(model: Any) -> object:
     return tuple(made.shape), tuple(weight(model).shape)
 
 
-# -- flags, gradients, training -------------------------------------------------------------------------------------------
+# -- flags, gradients, training
+# -------------------------------------------------------------------------------------------
 
 
 @action
@@ -330,7 +331,8 @@ def called_with_others(model: Any) -> object:
     return torch.func.functional_call(model, doubled, (X,)).detach()
 
 
-# -- surgery, copies, libraries of torch ------------------------------------------------------------------------------------
+# -- surgery, copies, libraries of torch
+# ------------------------------------------------------------------------------------
 
 
 @action
@@ -472,7 +474,8 @@ def hooks_copied_to_another(model: Any) -> object:
     return output(model)
 
 
-# -- looking --------------------------------------------------------------------------------------------------------------
+# -- looking
+# --------------------------------------------------------------------------------------------------------------
 
 
 @action

@@ -299,8 +299,8 @@ class Ledger(Books):
     def fail(self, unit: int, error: BaseException, nbytes: int = 0) -> None:
         """READING, STAGED or COPYING to FAILED. Those who wait get ``error``; the next who needs it tries again.
 
-        So do those who came to wait when the read, which nobody had asked for, was under way: what was wrong when it began
-        may be past, and a forward gets the error of a read of its own only.
+        So do those who came to wait when the read, which nobody had asked for, was under way: what was wrong when it
+        began may be past, and a forward gets the error of a read of its own only.
         """
         record = self.units[unit]
         self.tally.move(record, State.FAILED)

@@ -160,8 +160,8 @@ class BusyTime:
 class Account:
     """One model's part in a scheduler. Units are known to ``client`` by their place in ``units``.
 
-    Under the ledger's lock ``is_held`` is asked before a unit may be evicted: whether somebody has a tensor of it, which
-    would keep its memory; and ``was_written`` then. ``on_closed`` is called once, by the thread that
+    Under the ledger's lock ``is_held`` is asked before a unit may be evicted: whether somebody has a tensor of it,
+    which would keep its memory; and ``was_written`` then. ``on_closed`` is called once, by the thread that
     closes, when nothing of the account is read any more. ``closed`` is why it takes no more accesses; ``gone`` is set
     when everything of it has been given back. ``depth``: how many units ahead, None: "auto". ``least_bytes`` must be in
     memory at one moment; ``most_bytes`` hold all of its weights. ``pinned_bytes`` of the pool are taken until
