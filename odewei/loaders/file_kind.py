@@ -170,6 +170,8 @@ def _of_text(head: bytes) -> FileKind | None:
 def _of_archive(names: list[str]) -> FileKind | None:
     """What a zip archive with these entries is."""
     ends = [name.rpartition("/")[2].lower() for name in names if not name.endswith("/")]
+    if not ends:
+        return None  # it begins with an entry that its directory does not have
     if "data.pkl" in ends:
         return FileKind("a file of torch.save", "torch")
     if all(end.endswith(".npy") for end in ends):

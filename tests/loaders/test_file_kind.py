@@ -176,6 +176,17 @@ def test_a_file_cut_short_is_told(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
 
 
+def test_an_archive_whose_directory_is_empty_is_no_empty_checkpoint(tmp_path: Path) -> None:
+    """An archive that begins with entries, and lists none, contradicts itself."""
+    content = bytearray(torch_bytes())
+    end = content.rindex(b"PK\x05\x06")
+    content[end - 20 : end] = bytes(20)  # of the longer form of the same record
+    content[end + 8 : end + 20] = bytes(8) + end.to_bytes(4, "little")
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match=r"data\.pkl"):
+        open_checkpoint(tmp_path / "w.pt").weights()
+
+
 def make_broken_link(folder: Path) -> Path:
     (folder / "model.safetensors").symlink_to("../blobs/0a1b")
     return folder / "model.safetensors"
