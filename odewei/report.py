@@ -22,6 +22,8 @@ class Report:
     - ``overdrafts``: units that a forward needed when nothing could leave, so that the budget was exceeded, by
       ``worst_overdraft_bytes`` at most. ``escapes``: units whose memory somebody held on to after they had left.
     - ``own_bytes``: weights that are the user's own by now (``weight.data = ...``): they stay in memory, and count.
+    - ``missing``: names that the checkpoint lacks, or has in another shape, so that they were initialised;
+      ``unexpected``: entries of it that the model has no use for.
     - ``rows_looked_up``: rows that look-ups in embedding tables asked for, of which ``rows_read`` were read; the others
       were kept in ``row_cache_bytes`` of the budget.
     - ``budget_bytes``, ``peak_bytes``, ``overdrafts`` and ``escapes`` are those of the whole budget, also where several
@@ -58,6 +60,8 @@ class Report:
     rows_read: int
     row_cache_bytes: int
     own_bytes: int = 0
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
     device: str = "cpu"
     device_note: str = ""
     bytes_copied: int = 0
@@ -138,6 +142,10 @@ class Report:
             )
         if self.own_bytes:
             rows.append(("replaced", f"{format_nbytes(self.own_bytes)} of weights, which stay in memory"))
+        if self.missing:
+            rows.append(("missing", f"{len(self.missing)} names, initialised: {self.missing[0]}, ..."))
+        if self.unexpected:
+            rows.append(("unexpected", f"{len(self.unexpected)} entries, not read: {self.unexpected[0]}, ..."))
         if self.escapes:
             rows.append(("escaped", f"{self.escapes} units were still held by somebody when they left"))
         width = max(len(name) for name, _ in rows)

@@ -176,7 +176,7 @@ class Runtime:
             self.binder.connect(self._access, self._leave)
             self.binder.is_inside = self.driver.ledger.is_inside
             self.binder.on_own = self._count_own
-            self._state = SavedState(self._info, self._real)
+            self._state = SavedState(self._info, self._real, files)
             self.binder.saved_state, self.binder.kept_state = self._saved_state, self._kept_state
             self._hook(modules, stream)
             self._expect_saved_order(model)
@@ -217,6 +217,8 @@ class Runtime:
             overdrafts=budget.overdrafts,
             worst_overdraft_bytes=budget.worst_overdraft_bytes,
             escapes=self._pool.escapes,
+            missing=self.stock.missing,
+            unexpected=self.stock.unexpected,
             own_bytes=sum(reservation.nbytes for reservation in self.own.values()),
             prefetch_depth=self.options.depth,
             direct_io=self._direct,
@@ -327,7 +329,9 @@ class Runtime:
         return self._state.tensor(home) if self.binder.changed(home) is None else None
 
     def _kept_state(self, home: Home) -> torch.Tensor | None:
-        return self._saved_state(home) if self._state.needs_copy(home) else None
+        if (table := self.tables.get(home.name)) is not None:
+            table.hold()
+        return self._saved_state(home) if self._state.prepare(home) else None
 
     def may_be_replaced(self, unit: int) -> bool:
         """Whether a unit's weights can be read from another file: those that are read in parts cannot."""

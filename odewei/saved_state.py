@@ -15,8 +15,6 @@ those of any model do. Whoever saves them looks at their memory: that is, as lon
 from __future__ import annotations
 
 import mmap
-import os
-import shutil
 import tempfile
 import threading
 import weakref
@@ -28,9 +26,12 @@ from odewei.errors import WeightReadError
 from odewei.loaders.base import CheckpointFile, WeightInfo
 from odewei.loaders.remote_file import RemoteFile
 from odewei.placeholder import Home
-from odewei.scheduler.reader import cannot_read
+from odewei.scheduler.file_table import FileTable, OpenFile
 
 __all__ = ["SavedState"]
+
+
+_PIECE_BYTES = 16 << 20  # what is copied at a time
 
 
 class SavedState:
@@ -40,10 +41,15 @@ class SavedState:
         self,
         infos: Callable[[str], tuple[WeightInfo | None, torch.dtype]],
         load: Callable[[Home], torch.Tensor],
+        table: FileTable,
     ) -> None:
-        """``infos`` says where a weight is and the dtype that it is bound in; ``load`` returns the real tensor."""
+        """``infos`` says where a weight is and the dtype that it is bound in; ``load`` returns the real tensor;
+        ``table`` opens the files.
+        """
         self._infos = infos
         self._load = load
+        self._table = table
+        self._held: set[CheckpointFile] = set()
         self._lock = threading.RLock()
         self._files: weakref.WeakValueDictionary[CheckpointFile, _Map] = weakref.WeakValueDictionary()
         self._tensors: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
@@ -62,12 +68,17 @@ class SavedState:
                 self._tensors[home.name] = found
             return found
 
-    def needs_copy(self, home: Home) -> bool:
-        """Whether the weight's file may be emptied by whoever saves over it, before the weight is looked at."""
+    def prepare(self, home: Home) -> bool:
+        """The weight may be saved over its own file soon: that goes on being read as it is, if it is replaced.
+
+        Whether it may be emptied instead, so that the weight has to be copied now.
+        """
         info, _ = self._infos(home.name)
         if info is None:
             return False
         sources = [part.source for part in info.parts] or [info]
+        self._table.hold({source.span.file for source in sources if source.span is not None} - self._held)
+        self._held.update(source.span.file for source in sources if source.span is not None)
         return any(_is_rewritten(source) for source in sources)
 
     def _mapped(self, home: Home) -> torch.Tensor | None:
@@ -84,14 +95,25 @@ class SavedState:
             return None  # touching a page beyond the end would kill the process
         mapped = self._files.get(file)
         if mapped is None:
-            made = _map(file)
-            if made is None:
+            mapped = self._map(file)
+            if mapped is None:
                 return None
-            mapped = self._files[file] = made
+            self._files[file] = mapped
         count = info.nbytes // info.dtype.itemsize
         with torch.inference_mode(False), torch.no_grad():
             flat = torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=offset)
             return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
+
+    def _map(self, file: CheckpointFile) -> _Map | None:
+        found: list[_Map | None] = []
+
+        def work(opened: OpenFile) -> None:
+            self._table.check(file, opened)
+            found[:] = [_map(opened, file)]
+            self._table.check(file, opened)
+
+        self._table.use(file, work)
+        return found[0]
 
     def _spooled(self, home: Home) -> torch.Tensor:
         """The weight over a temporary file."""
@@ -125,22 +147,22 @@ def _extent(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size)
 
 
-def _map(file: CheckpointFile) -> _Map | None:
+def _map(opened: OpenFile, file: CheckpointFile) -> _Map | None:
     """The file, or a copy of it; None where it cannot be mapped (some network file systems)."""
     try:
-        with open(file.path, "rb") as stream:
-            file.check_unchanged(stream.fileno())
-            if file.path.suffix == ".safetensors":
-                return _Map(stream.fileno(), os.fstat(stream.fileno()).st_size, access=mmap.ACCESS_COPY)
-            with tempfile.TemporaryFile(prefix="odewei-") as copy:
-                shutil.copyfileobj(stream, copy, 16 << 20)
-                file.check_unchanged(stream.fileno())
-                copy.flush()
-                return _Map(copy.fileno(), os.fstat(copy.fileno()).st_size, access=mmap.ACCESS_COPY)
-    except (PermissionError, FileNotFoundError) as error:
-        raise cannot_read(file, error) from error
+        found = _Map(opened.fd, file.size, access=mmap.ACCESS_COPY)
     except OSError:
         return None
+    if file.path.suffix == ".safetensors":
+        return found
+    try:
+        with tempfile.TemporaryFile(prefix="odewei-") as copy:
+            for start in range(0, file.size, _PIECE_BYTES):
+                copy.write(found[start : start + _PIECE_BYTES])
+            copy.flush()
+            return _Map(copy.fileno(), file.size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise _no_room(str(file.path), error) from error
 
 
 def _no_room(weight: str, error: OSError) -> WeightReadError:

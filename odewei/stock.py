@@ -109,7 +109,7 @@ class Stock:
 
     def of(self, weights: Sequence[Weight]) -> Stock:
         """The same for those of a copy of the model."""
-        return Stock(weights, self.infos, self._wanted)
+        return Stock(weights, self.infos, self._wanted, self.missing, self.unexpected)
 
     def replace(self, infos: Mapping[str, WeightInfo]) -> None:
         """The weights that these are of have other places now, and are there as they are bound."""

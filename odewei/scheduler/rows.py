@@ -153,6 +153,12 @@ class RowTable:
         except OdeweiError as error:
             raise self._named(error) from error
 
+    def hold(self) -> None:
+        """Go on reading the file as it is, if it is replaced by another."""
+        here = self._mine()
+        with here:
+            here.files.hold([self.place.span.file])
+
     def keep_none(self) -> None:
         """The whole table is wanted: what hot rows took of the budget makes room for it, for good."""
         self._slots, self._slab = 0, None
@@ -233,7 +239,7 @@ class RowTable:
                     count = 0
                 if count != nbytes:
                     files.read(file, [part], offset, nbytes)  # knows what to do about it
-            file.check_unchanged(opened.fd)  # after reading: rows of another file are never handed on
+            files.check(file, opened)  # after reading: rows of another file are never handed on
 
         files.use(file, fill)
         return made if place.stored == place.dtype else made.to(place.dtype)
