@@ -66,6 +66,9 @@ class WeightStream:
     def is_edited(self) -> bool:
         return self.binder.on_write is not None
 
+    def put_back(self, home: Home, tensor: torch.Tensor) -> None:
+        self.binder.put_back(home, tensor)
+
     def expose(self, home: Home) -> torch.Tensor:
         return self.binder.expose(home)
 
@@ -326,6 +329,13 @@ class Binder:
         side = None if reference is None else reference()
         if side is not None:
             side.clear()
+
+    def put_back(self, home: Home, tensor: torch.Tensor) -> None:
+        """``tensor`` is over the weight's memory, from which a function has taken the real tensor away."""
+        tensors = self._tensors[home.unit]
+        if tensors is not None and home.name in tensors:
+            with torch.inference_mode(False), torch.no_grad():
+                tensors[home.name] = Real.of(tensor.data, tensors[home.name].requires_grad)
 
     def expose(self, home: Home) -> Real:
         """The real parameter for whoever may write into it without torch."""

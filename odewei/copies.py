@@ -27,10 +27,15 @@ _KEY = "odewei: the streamed model that is being copied"  # other keys of a memo
 Memo = dict[Any, Any]
 
 
-def refuse_copy(*_: Any) -> NoReturn:
+def refuse_copy(self: object, *_: Any) -> NoReturn:
     """For ``__reduce_ex__`` of what hangs on every streamed model."""
+    stream = getattr(self, "_stream", None)
+    if isinstance(self, dict):
+        stream = next((value.home.stream for value in self.values() if hasattr(value, "home")), None)
+    runtime = getattr(stream, "runtime", None)
     raise ModelError(
         "a streamed model cannot be pickled, nor can a part of it",
+        module=getattr(runtime, "model_name", None) or type(self).__name__,
         cure="Pickle its state_dict(), an ordinary copy of the part (copy.deepcopy(part)), or call "
         "odewei.materialize(model) first",
     )

@@ -56,6 +56,9 @@ class Stream(Protocol):
     def is_edited(self) -> bool:
         """Whether somebody edits the model (see ``edit``)."""
 
+    def put_back(self, home: Home, tensor: torch.Tensor) -> None:
+        """``tensor`` is over the weight's memory, from which a function has taken the real tensor away."""
+
     def expose(self, home: Home) -> torch.Tensor:
         """The real tensor, loaded if need be, for whoever may write into its memory without torch."""
 
@@ -232,7 +235,7 @@ class Placeholder(torch.Tensor):
         """Within a copy of the whole model what stands for the weight there; otherwise a tensor with its values."""
         if id(self) not in memo:
             skeleton = Skeleton.found_in(memo, self.home.stream)
-            if skeleton is not None and self._is_param:
+            if skeleton is not None and self.is_owner:
                 memo[id(self)] = skeleton.parameter(self)
             else:
                 memo[id(self)] = self._copied()
@@ -245,10 +248,7 @@ class Placeholder(torch.Tensor):
             values = self.fetch().detach().clone()
         if not self._is_param:
             return values
-        made = nn.Parameter(values, requires_grad=self.requires_grad)
-        if self.grad is not None:
-            made.grad = self.grad.clone()
-        return made
+        return nn.Parameter(values, requires_grad=self.requires_grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         content = self.content().detach()
@@ -313,11 +313,16 @@ def become(placeholder: Placeholder, value: torch.Tensor) -> None:
     """
     home, is_owner, is_param = placeholder.home, placeholder.is_owner, placeholder._is_param
     requires_grad = placeholder.requires_grad and (value.is_floating_point() or value.is_complex())
+    shape, dtype = placeholder.shape, placeholder.dtype
     with torch._C.DisableTorchFunctionSubclass():
         grad, hooks = placeholder.grad, placeholder._backward_hooks
         after = getattr(placeholder, "_post_accumulate_grad_hooks", None)
     with torch.inference_mode(False), torch.no_grad():
         own: torch.Tensor = torch.Tensor._make_subclass(nn.Parameter, value.detach(), requires_grad)
+        if grad is not None:  # which stays what it is, as when torch gives a parameter other data
+            own = nn.Parameter(torch.zeros(1, dtype=dtype, device=value.device).expand(shape), requires_grad)
+            own.grad = grad
+            own.data = value.detach()
     if is_owner:
         home.stream.becomes_own(home, value.nbytes)
     kept = {key: found for key, found in placeholder.__dict__.items() if key not in _OURS}
@@ -328,8 +333,6 @@ def become(placeholder: Placeholder, value: torch.Tensor) -> None:
         own.register_post_accumulate_grad_hook(functools.partial(_hand_on, placeholder))  # type: ignore[no-untyped-call]
     placeholder.__dict__.clear()
     placeholder.__dict__.update(kept)
-    if grad is not None and grad.shape == value.shape and grad.dtype == value.dtype:
-        placeholder.grad = grad
     if hooks:
         placeholder._backward_hooks = hooks
     if after:

@@ -114,6 +114,7 @@ class Runtime:
         self.options = options
         self._source = source
         self._model = weakref.ref(model)
+        self.model_name = type(model).__name__
         options.budget.place(options.device)
         self.device = options.budget.device
         dtype = options.dtype or source.dtype

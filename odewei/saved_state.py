@@ -7,19 +7,24 @@ those of any model do. Whoever saves them looks at their memory: that is, as lon
   which the system may drop;
 - a map of a temporary file otherwise (gathered, cast, compressed weights, those of functions and remote files), filled
   when it is first looked at, one unit after another within the budget;
-- for the files of ``torch.save`` and NumPy a map of a temporary copy of the file: whoever saves over such a file
-  empties it first, and what is mapped of it would be gone, with the process. Files of safetensors are replaced when
-  they are saved.
+- of the files of ``torch.save`` and NumPy there is a copy from the first ``state_dict()`` on, without a name: whoever
+  saves over such a file empties it first, and what is mapped of it would be gone, with the process. The copy is what is
+  mapped, and what the model streams from when the file is not what it was. Files of safetensors are replaced when they
+  are saved, and live on for whom has them open.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import IO
 
+import numpy as np
 import torch
 
 from odewei.errors import WeightReadError
@@ -69,17 +74,23 @@ class SavedState:
             return found
 
     def prepare(self, home: Home) -> bool:
-        """The weight may be saved over its own file soon: that goes on being read as it is, if it is replaced.
+        """The weight may be saved over its own file soon: that goes on being read as it is, if it is replaced, and a
+        copy of it if it is emptied.
 
-        Whether it may be emptied instead, so that the weight has to be copied now.
+        Whether the weight itself has to be copied now, because it is in no one place of a file.
         """
         info, _ = self._infos(home.name)
         if info is None:
             return False
         sources = [part.source for part in info.parts] or [info]
-        self._table.hold({source.span.file for source in sources if source.span is not None} - self._held)
-        self._held.update(source.span.file for source in sources if source.span is not None)
-        return any(_is_rewritten(source) for source in sources)
+        files = {source.span.file for source in sources if source.span is not None}
+        with self._lock:
+            self._table.hold(files - self._held)
+            self._held |= files
+            for file in files:
+                if _is_rewritten(file):
+                    self._copy(file)
+        return any(source.span is None and source.file is not None for source in sources)
 
     def _mapped(self, home: Home) -> torch.Tensor | None:
         """The weight over its file; None if it does not lie there as the model has it."""
@@ -105,6 +116,9 @@ class SavedState:
             return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
 
     def _map(self, file: CheckpointFile) -> _Map | None:
+        copy = self._table.copy_of(file)
+        if copy is not None:
+            return _map(copy, file)
         found: list[_Map | None] = []
 
         def work(opened: OpenFile) -> None:
@@ -115,11 +129,39 @@ class SavedState:
         self._table.use(file, work)
         return found[0]
 
+    def _copy(self, file: CheckpointFile) -> None:
+        """Have a copy of a file that may be emptied: what is read, and mapped, of it then is of the copy."""
+        if self._table.copy_of(file) is not None:
+            return
+        mapped = self._map(file)
+        pieces = range(0, file.size, _PIECE_BYTES)
+        try:
+            with _temporary(file.path.parent) as copy:
+                for start in pieces:
+                    if mapped is not None:
+                        copy.write(mapped[start : start + _PIECE_BYTES])
+                    else:
+                        piece = np.empty(min(_PIECE_BYTES, file.size - start), np.uint8)
+                        self._table.read(file, [piece], start, len(piece))
+                        copy.write(piece.data)
+                copy.flush()
+                self._table.hold_copy(file, os.dup(copy.fileno()))
+        except OSError as error:
+            raise _no_room(str(file.path), error) from error
+
+    def _spool(self, home: Home) -> IO[bytes]:
+        info, _ = self._infos(home.name)
+        source = None if info is None else next((part.source for part in info.parts), info)
+        local = source is not None and source.span is not None and not isinstance(source.span.file, RemoteFile)
+        if source is None or source.span is None or not local:
+            return tempfile.TemporaryFile(prefix="odewei-")
+        return _temporary(source.span.file.path.parent)
+
     def _spooled(self, home: Home) -> torch.Tensor:
         """The weight over a temporary file."""
         real = self._load(home).detach()
         try:
-            with tempfile.TemporaryFile(prefix="odewei-") as file:
+            with self._spool(home) as file:
                 file.truncate(max(1, real.untyped_storage().nbytes()))
                 memory = _Map(file.fileno(), 0, access=mmap.ACCESS_WRITE)
         except OSError as error:
@@ -131,11 +173,9 @@ class SavedState:
         return made
 
 
-def _is_rewritten(info: WeightInfo) -> bool:
+def _is_rewritten(file: CheckpointFile) -> bool:
     """Whether saving a file of this kind empties it first. Those of safetensors are replaced by another."""
-    if info.span is not None and isinstance(info.span.file, RemoteFile):
-        return False
-    return info.file is not None and not info.file.endswith(".safetensors")
+    return not isinstance(file, RemoteFile) and file.path.suffix != ".safetensors"
 
 
 class _Map(mmap.mmap):
@@ -148,21 +188,19 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 def _map(opened: OpenFile, file: CheckpointFile) -> _Map | None:
-    """The file, or a copy of it; None where it cannot be mapped (some network file systems)."""
+    """The file; None where it cannot be mapped (some network file systems)."""
     try:
-        found = _Map(opened.fd, file.size, access=mmap.ACCESS_COPY)
+        return _Map(opened.fd, file.size, access=mmap.ACCESS_COPY)
     except OSError:
         return None
-    if file.path.suffix == ".safetensors":
-        return found
+
+
+def _temporary(folder: Path) -> IO[bytes]:
+    """A file without a name: in this folder, where there was room for a checkpoint, or where temporary files go."""
     try:
-        with tempfile.TemporaryFile(prefix="odewei-") as copy:
-            for start in range(0, file.size, _PIECE_BYTES):
-                copy.write(found[start : start + _PIECE_BYTES])
-            copy.flush()
-            return _Map(copy.fileno(), file.size, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise _no_room(str(file.path), error) from error
+        return tempfile.TemporaryFile(prefix=".odewei-", dir=folder)
+    except OSError:
+        return tempfile.TemporaryFile(prefix="odewei-")
 
 
 def _no_room(weight: str, error: OSError) -> WeightReadError:

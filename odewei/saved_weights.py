@@ -127,7 +127,9 @@ class _Hooks:
         found = self.owner._weights.refer(tensor)
         if found is not None:
             return found
-        return tensor if self._outer_pack is None else _Packed(self._outer_pack(tensor))
+        if self._outer_pack is not None:
+            return _Packed(self._outer_pack(tensor))
+        return tensor if tensor.is_inference() else _Kept(tensor)
 
     def unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, WeightReference):
@@ -135,7 +137,27 @@ class _Hooks:
         if isinstance(packed, _Packed):
             assert self._outer_unpack is not None, "only outer hooks pack"
             return self._outer_unpack(packed.what)  # type: ignore[no-any-return]
-        return packed  # type: ignore[no-any-return]
+        return packed.tensor() if isinstance(packed, _Kept) else packed  # type: ignore[no-any-return]
+
+
+class _Kept:
+    """A tensor that is no weight. Where there are hooks torch leaves it to them to see that nobody wrote into it."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+
+    def tensor(self) -> torch.Tensor:
+        """As it was saved. Raises RuntimeError, as torch does, if it was written to."""
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{self._tensor.type()} {list(self._tensor.shape)}] is at version {self._tensor._version}; expected "
+                f"version {self._version} instead. Hint: enable anomaly detection to find the operation that failed to "
+                "compute its gradient, with torch.autograd.set_detect_anomaly(True)."
+            )
+        return self._tensor
 
 
 class _Packed:

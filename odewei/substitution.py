@@ -179,6 +179,7 @@ class _Call:
         self._releases: list[Callable[[], None]] = []
         self._homes: list[Home] = []
         self._stood_for: list[tuple[Placeholder, torch.Tensor, tuple[Any, ...]]] = []
+        self._before: list[torch.Tensor | None] = []  # what each had the memory of, if it may lose it
         self.tensors: dict[int, torch.Tensor] = {}  # by the number of their home
 
     def saving(self) -> AbstractContextManager[object]:
@@ -200,6 +201,7 @@ class _Call:
         self.tensors[id(placeholder.home)] = tensor
         tensor = self._as_seen(placeholder, tensor)
         self._stood_for.append((placeholder, tensor, _metadata(tensor)))
+        self._before.append(tensor.detach() if self._writes and placeholder.is_owner else None)
         return tensor
 
     def _as_seen(self, placeholder: Placeholder, tensor: torch.Tensor) -> torch.Tensor:
@@ -211,8 +213,10 @@ class _Call:
 
     def given_back(self, found: Any) -> Any:
         """What the call returns: a placeholder where it returns what it was given in its place."""
-        for placeholder, tensor, before in self._stood_for:
+        for (placeholder, tensor, before), memory in zip(self._stood_for, self._before, strict=True):
             if _metadata(tensor) != before:  # set_, resize_, t_ and their like: not what is in the file any more
+                if memory is not None:
+                    placeholder.home.stream.put_back(placeholder.home, memory)
                 become(placeholder, tensor)
         if isinstance(found, torch.Tensor):
             return self._given_back(found)
@@ -228,6 +232,7 @@ class _Call:
             release()
         written = self._homes if self._writes else []
         self._stood_for.clear()
+        self._before.clear()
         self.tensors.clear()
         for home in written:
             home.stream.wrote(home)

@@ -77,9 +77,9 @@ def init_on_demand_weights_model(
     """Build a model whose weights are read from a checkpoint when they are needed, ahead of their need.
 
     The result is what ``model_fn`` returned, of the same class, and computes the same bits as the model with all
-    weights in memory (``load_state_dict(..., assign=True)``). Its parameters are those that ``model_fn`` made, trainable
-    as it made them; what is done to one is done to the weight, in memory or not. Calls may come from any thread. It is in the mode ``model_fn`` left it in: call ``.eval()`` where the resident
-    model would be.
+    weights in memory (``load_state_dict(..., assign=True)``). Its parameters are those that ``model_fn`` made,
+    trainable as it made them; what is done to one is done to the weight, in memory or not. Calls may come from any
+    thread. It is in the mode ``model_fn`` left it in: call ``.eval()`` where the resident model would be.
 
     Args:
         model_fn: builds the module. It takes no memory for weights; all else is as after an ordinary call, torch's

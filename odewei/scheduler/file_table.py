@@ -130,6 +130,8 @@ class FileTable:
         self._open: dict[CheckpointFile, OpenFile] = {}
         self._buffered: dict[CheckpointFile, OpenFile] = {}  # those that refused a direct read
         self._held: set[CheckpointFile] = set()
+        self._copies: dict[CheckpointFile, OpenFile] = {}
+        self._lost: set[CheckpointFile] = set()  # of those that have a copy: they are not what they were
         self._lock = threading.Lock()
         self._local = threading.local()
         watch(self)
@@ -144,6 +146,8 @@ class FileTable:
 
     def opened(self, file: CheckpointFile) -> OpenFile:
         """The open file, opened now if need be. Raises OSError."""
+        if file in self._lost:
+            return self._copies[file]
         found = self._buffered.get(file) or self._open.get(file)
         return found or self._keep(
             self._open, file, (open_direct if self._is_direct else os.open)(str(file.path), _FLAGS)
@@ -162,8 +166,22 @@ class FileTable:
                 self.use(file, lambda opened, file=file: file.check_unchanged(opened.fd))  # type: ignore[misc]
                 self._held.add(file)
 
+    def hold_copy(self, file: CheckpointFile, fd: int) -> None:
+        """``fd`` is an open copy of a file, which is read instead when the file is not what it was any more."""
+        with self._lock:
+            if file in self._copies:
+                os.close(fd)
+            else:
+                self._copies[file] = OpenFile(fd)
+
+    def copy_of(self, file: CheckpointFile) -> OpenFile | None:
+        """The copy of a file, if there is one."""
+        return self._copies.get(file)
+
     def check(self, file: CheckpointFile, opened: OpenFile) -> None:
         """Raise WeightReadError if an open file is not what it was, or, unless it is held, is not at its path."""
+        if self._copies.get(file) is opened:
+            return  # nobody else has it
         file.check_unchanged(opened.fd, at_path=file not in self._held)
 
     def give_up(self, file: CheckpointFile, opened: OpenFile) -> None:
@@ -202,6 +220,11 @@ class FileTable:
             except WeightReadError:
                 if opened is not None:
                     self.give_up(file, opened)
+                if file in self._copies and file not in self._lost:
+                    self._lost.add(file)
+                    tell_once(f"the file {str(file.path)!r} was saved over: a copy of what it was is read from now on")
+                    self.use(file, work)
+                    return
                 if is_last or is_fresh:
                     raise
 
