@@ -24,6 +24,7 @@ from .subjects import SUBJECTS, Plan
 
 _STRETCH = 250
 _LONGEST_SECONDS = 3600
+_FEW = 3
 
 
 def main() -> int:
@@ -136,14 +137,15 @@ def _print_counts(counts: Counter[str]) -> None:
 
 
 def _print_findings(findings: Findings, options: argparse.Namespace) -> None:
-    """One of each kind, the shortest, most frequent kinds first."""
-    groups: dict[tuple[str, str], Findings] = defaultdict(list)
+    """One of each kind, the shortest; most frequent kinds first. Those with the same steps are of one kind."""
+    groups: dict[object, Findings] = defaultdict(list)
     for one in findings:
-        groups[one["finding"]["kind"], one["finding"]["action"]].append(one)
-    for (kind, action), same in sorted(groups.items(), key=lambda group: -len(group[1])):
+        steps = [f"{name} {arguments.get('way', '')}" for name, arguments in one["steps"]]
+        groups[one["finding"]["kind"], *(steps if len(steps) <= _FEW else [one["finding"]["action"]])].append(one)
+    for same in sorted(groups.values(), key=len, reverse=True):
         one = min(same, key=lambda one: len(one["steps"]))
-        print(f"\nFAILED {len(same)} times, as in sequence {one['number']} of seed {options.seed}: {kind} ({action})")
-        print(one["finding"]["detail"])
+        print(f"\nFAILED {len(same)} times, as in sequence {one['number']} of seed {options.seed}:", end=" ")
+        print("{kind} ({action})\n{detail}".format_map(one["finding"]))
         print(script(Plan(**one["plan"]), one["steps"]))
     print()
 
