@@ -58,8 +58,8 @@ def _optimizer(side: Side, kind: str) -> torch.optim.Optimizer:
 
 
 def _train(side: Side, optimizer: torch.optim.Optimizer, seed: int, clip: float | None) -> object:
+    loss = side.loss(seed)  # first: a model that refuses is to be as before
     optimizer.zero_grad()
-    loss = side.loss(seed)
     loss.backward()
     norm = None if clip is None else nn.utils.clip_grad_norm_(side.model.parameters(), clip)
     optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import itertools
 import random
@@ -178,6 +179,9 @@ class Pair:
         found = self._do(self.other, step)
         if _is_refusal(found):
             _check_clear(found)
+            if self.other.is_over:
+                self.ordinary.is_over = True
+                return "refused"
             self._compare("after it was refused", *self._look())
             return "refused"
         numbers = torch.get_rng_state()
@@ -257,8 +261,9 @@ class Pair:
             side.kept.clear()
         for one in models:
             if isinstance(one, nn.Module) and self.other.is_streamed:
-                with suppress(OdeweiError):
-                    odewei.close(one)
+                closed = attempt(functools.partial(odewei.close, one))
+                if isinstance(closed, Raised) and not _is_refusal(closed):
+                    raise _Fault("closing raises", f"{closed!r}\n" + "\n".join(closed.error.__notes__))
 
 
 def _new(path: Path) -> Path:

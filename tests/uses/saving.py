@@ -90,7 +90,7 @@ def load_what_was_saved(side: Side, key: str, seed: int) -> object:
         return list(tensors_of(made(**side.inputs(seed))))
 
 
-@action(lambda draw: {"way": draw.one(("state", "save_pretrained"))}, holds=True)
+@action(lambda draw: {"way": draw.one(("state", "save_pretrained"))}, often=0.5, holds=True)
 def save_over_own_files(side: Side, way: str) -> object:
     """Over the files that the streamed model reads. They are right afterwards, and the model goes on, or it refuses."""
     if way == "save_pretrained":

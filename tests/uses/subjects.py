@@ -266,8 +266,8 @@ def _made(name: str, root: Path) -> _Made:
             save_file(_each_once(model), folder / _file_name(format, False))
         else:
             torch.save(_each_once(model), folder / _file_name(format, subject.of_transformers))
-            if subject.of_transformers:
-                model.config.save_pretrained(folder)
+            for path in (root / name / "safetensors").glob("*.json"):
+                shutil.copy(path, folder)
     if subject.of_transformers:
         model = type(model).from_pretrained(root / name / "safetensors")
     return _Made(root / name, model, sum(parameter.nbytes for parameter in model.parameters()))
