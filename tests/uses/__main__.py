@@ -116,7 +116,7 @@ def _crashed(
 ) -> dict[str, Any]:
     small: tuple[Plan, Any, Finding] = Plan(**plan), steps, crash(ended, steps)
     if options.shrink:
-        small = shrink(*small, play_in_a_child(options.model, options.patience), seconds=90.0)
+        small = shrink(*small, play_in_a_child(options.model, options.patience), seconds=40.0)
     return finding_as_plain(number, *small)
 
 

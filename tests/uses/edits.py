@@ -263,7 +263,6 @@ READINGS: dict[str, Callable[[nn.Parameter], object]] = {
     "len": lambda parameter: len(parameter),
     "T": lambda parameter: parameter.t() if parameter.dim() == 2 else parameter.view(1, -1),
     "equal": lambda parameter: torch.equal(parameter, parameter.detach().clone()),
-    "repr": repr,
     "format": lambda parameter: f"{parameter.flatten()[0]:.3f}",
     "to": lambda parameter: parameter.to(torch.float64),
     "same to": lambda parameter: parameter.to(parameter.dtype) is parameter,

@@ -257,8 +257,9 @@ class Pair:
     def end(self) -> None:
         """Nothing of the two is left."""
         models = [self.other.model, self._root(), *self.other.kept.values()]
-        for side in self._sides:
+        for side, look in zip(self._sides, self._looks, strict=True):
             side.kept.clear()
+            look.forget()
         for one in models:
             if isinstance(one, nn.Module) and self.other.is_streamed:
                 closed = attempt(functools.partial(odewei.close, one))

@@ -31,7 +31,8 @@ def content(path: Path) -> object:
     if path.suffix in (".bin", ".pt"):
         return torch.load(path)
     if path.suffix == ".json":
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        return {key: value for key, value in found.items() if "name_or_path" not in key}  # the two folders
     return path.name
 
 

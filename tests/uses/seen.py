@@ -107,6 +107,10 @@ class Look:
     def __init__(self) -> None:
         self._before: dict[str, object] = {}
 
+    def forget(self) -> None:
+        """Let go of the model's parameters."""
+        self._before = {}
+
     def __call__(self, side: Side) -> Seen:
         """What can be seen without reading a weight."""
         model = side.model
