@@ -118,9 +118,9 @@ def play(plan: Plan, steps: Steps, root: Path, *, made_by: Streaming = streamed,
         try:
             pair.follow(steps, played)
         finally:
-            pair.end()
+            pair.watched("the end", pair.end)
         if played.finding is None:
-            _nothing_is_left()
+            pair.watched("what is left", _nothing_is_left)
     except _Fault as fault:
         last = played.steps[-1][0] if played.steps else "building"
         played.finding = Finding(fault.kind, last, str(fault))
@@ -141,7 +141,7 @@ class Pair:
         self.ordinary = Side(plan, make_resident(plan, root), folder / "resident", sources[0], is_streamed=False)
         self._unit_bytes = _largest_block(self.ordinary.model)
         try:
-            model, is_streamed = self._watched("building", lambda: made_by(plan, root, sources[1]))
+            model, is_streamed = self.watched("building", lambda: made_by(plan, root, sources[1]))
         except Exception as error:
             raise _Fault(f"raises {type(error).__name__}", str(error)[:900]) from error
         self.other = Side(plan, model, folder / "other", sources[1], is_streamed=is_streamed)
@@ -165,7 +165,7 @@ class Pair:
             if self.ordinary.is_over:
                 return
         self._compare(
-            "at the end", *(self._watched("the end", lambda side=side: look_closely(side)) for side in self._sides)
+            "at the end", *(self.watched("the end", lambda side=side: look_closely(side)) for side in self._sides)
         )
         self._check_memory()
 
@@ -211,7 +211,7 @@ class Pair:
         torch.manual_seed(5)
         modes = _modes()
         try:
-            found = self._watched(name, lambda: attempt(lambda: ACTIONS[name].run(side, **arguments)))
+            found = self.watched(name, lambda: attempt(lambda: ACTIONS[name].run(side, **arguments)))
         except Inapplicable as reason:
             return reason
         if _modes() != modes:
@@ -222,10 +222,10 @@ class Pair:
         found = []
         for side, look in zip(self._sides, self._looks, strict=True):
             torch.manual_seed(5)
-            found.append(self._watched("looking", lambda side=side, look=look: attempt(lambda: look(side))))
+            found.append(self.watched("looking", lambda side=side, look=look: attempt(lambda: look(side))))
         return found[0], found[1]
 
-    def _watched(self, what: str, work: Callable[[], Seen]) -> Seen:
+    def watched(self, what: str, work: Callable[[], Seen]) -> Seen:
         faulthandler.dump_traceback_later(self._patience, exit=True, file=sys.stderr)
         try:
             return work()

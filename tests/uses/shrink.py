@@ -74,9 +74,10 @@ def play_in_a_child(model: str, patience: float) -> Plays:
 
 def crash(ended: subprocess.CompletedProcess[str], steps: Sequence[Step]) -> Finding:
     """What is known of a process that did not come back: which step it was at, and its stacks."""
-    _, _, stacks = ended.stderr.partition("most recent call first):")
-    kind = how_it_ended(ended.returncode, ended.stderr)
-    return Finding(kind, steps[-1][0] if steps else "building", stacks[:800] or ended.stderr[-800:])
+    kind, said = how_it_ended(ended.returncode, ended.stderr), ended.stderr
+    begins = max(said.find("Timeout ("), said.find("Fatal Python error"))
+    told = said[begins : begins + 3000] if begins >= 0 else said[-800:]
+    return Finding(kind, steps[-1][0] if steps else "building", told)
 
 
 def how_it_ended(status: int, stderr: str) -> str:
