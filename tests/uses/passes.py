@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from .action import Arguments, Draw, action
 from .side import Inapplicable, Side, mode, tensors_of
@@ -147,7 +148,8 @@ def two_threads(side: Side, seed: int) -> object:
         except Exception as error:
             found[number] = error
 
-    if any(one.training for one in side.model.modules() if isinstance(one, nn.Dropout | nn.BatchNorm2d)):
+    changing = nn.Dropout | nn.BatchNorm2d | parametrize.ParametrizationList  # a spectral norm goes on with each pass
+    if any(one.training for one in side.model.modules() if isinstance(one, changing)):
         raise Inapplicable("the order of two threads would decide")
     threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(2)]
     for thread in threads:

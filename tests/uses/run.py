@@ -301,8 +301,9 @@ def _nothing_is_left() -> None:
     if not _threads():
         return
     gc.collect()
+    until = time.monotonic() + 5
     for thread in _threads():
-        thread.join(10)
+        thread.join(max(0.0, until - time.monotonic()))
     if _threads():
         raise _Fault("threads are left", ", ".join(thread.name for thread in _threads()))
 
