@@ -113,6 +113,7 @@ def play(plan: Plan, steps: Steps, root: Path, *, made_by: Streaming = streamed,
     shutil.rmtree(folder, ignore_errors=True)
     warnings.simplefilter("ignore")
     modes = torch.get_default_dtype(), torch.is_grad_enabled()
+    threads = set(_threads())
     try:
         pair = Pair(plan, root, folder, made_by, patience)
         try:
@@ -120,7 +121,7 @@ def play(plan: Plan, steps: Steps, root: Path, *, made_by: Streaming = streamed,
         finally:
             pair.watched("the end", pair.end)
         if played.finding is None:
-            pair.watched("what is left", _nothing_is_left)
+            pair.watched("what is left", lambda: _nothing_is_left(threads))
     except _Fault as fault:
         last = played.steps[-1][0] if played.steps else "building"
         played.finding = Finding(fault.kind, last, str(fault))
@@ -296,16 +297,17 @@ def _check_clear(found: Raised) -> None:
         raise _Fault("a refusal that names no place", str(error))
 
 
-def _nothing_is_left() -> None:
+def _nothing_is_left(before: Collection[threading.Thread]) -> None:
     """No thread of a model outlives it."""
-    if not _threads():
+    if set(_threads()) <= set(before):
         return
     gc.collect()
     until = time.monotonic() + 5
-    for thread in _threads():
+    new = [thread for thread in _threads() if thread not in before]
+    for thread in new:
         thread.join(max(0.0, until - time.monotonic()))
-    if _threads():
-        raise _Fault("threads are left", ", ".join(thread.name for thread in _threads()))
+    if left := [thread.name for thread in new if thread.is_alive()]:
+        raise _Fault("threads are left", ", ".join(left))
 
 
 def _threads() -> list[threading.Thread]:
