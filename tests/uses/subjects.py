@@ -224,7 +224,7 @@ def draw_plan(rng: random.Random, subject: str | None = None) -> Plan:
     return Plan(
         subject=chosen.name,
         by=rng.choice(_WAYS[chosen.name]) if of_transformers else "function",
-        format=rng.choice(("safetensors", "safetensors", "bin")),
+        format=rng.choice(("safetensors", "safetensors", "bin")) if chosen.name != "mixtral" else "safetensors",
         share=rng.choice((0.35, 0.45, 0.6, 1.0)),
         prefetch_depth=rng.choice((0, 0, "auto", 2)),
         granularity=rng.choice(("auto", "leaf")),

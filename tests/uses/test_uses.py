@@ -112,8 +112,8 @@ def test_a_known_fault_is_found(fault: str, root: Path) -> None:
 @pytest.mark.parametrize("fault", sorted(ENDING))
 def test_a_process_that_ends_is_a_finding(fault: str) -> None:
     """A hang and a crash are reported with the steps that lead there; then the next sequence is played."""
-    count = "1" if fault == "hangs" else "2"
-    options = ["--sequences", count, "--subject", "mlp", "--no-shrink", "--patience", "1", "--seed", "1"]
+    count, patience = ("1", "5") if fault == "hangs" else ("2", "30")
+    options = ["--sequences", count, "--subject", "mlp", "--no-shrink", "--patience", patience, "--seed", "1"]
     command = [sys.executable, "-m", "tests.uses", *options, "--model", fault]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
