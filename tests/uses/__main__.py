@@ -46,7 +46,8 @@ def main() -> int:
     if options.number is not None or options.replay is not None:
         return _play_one(options)
     begun = time.monotonic()
-    findings, counts = _play_all(options)
+    with root_folder():
+        findings, counts = _play_all(options)
     _print_counts(counts)
     _print_findings(findings, options)
     if options.json is not None:

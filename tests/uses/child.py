@@ -39,6 +39,7 @@ MODELS: dict[str, Streaming] = {
 
 _SHRUNK = 3  # of each kind, in one process
 _SHRINK_SECONDS = 8.0
+_FOLDER = "ODEWEI_USES_FOLDER"
 
 
 def make_sequence(
@@ -65,10 +66,17 @@ def prepare(subject: str | None = None) -> None:
 
 @contextlib.contextmanager
 def root_folder() -> Iterator[Path]:
-    """Where all files are, in memory if possible."""
-    where = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    """Where all files are, in memory if possible; those of a child, which may not live to remove them, in its
+    parent's.
+    """
+    where = os.environ.get(_FOLDER) or ("/dev/shm" if Path("/dev/shm").is_dir() else None)
     with tempfile.TemporaryDirectory(prefix="odewei-uses-", dir=where) as root:
-        yield Path(root)
+        os.environ[_FOLDER] = root
+        try:
+            yield Path(root)
+        finally:
+            if where in (None, "/dev/shm"):
+                del os.environ[_FOLDER]
 
 
 def run_stretch(options: dict[str, Any], first: int, last: int, at: TextIO, out: TextIO) -> None:
