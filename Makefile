@@ -3,6 +3,7 @@
 #   make demo DEMO_ARGS="--size 512MiB"     options of the demo (see: .venv/bin/odewei demo --help)
 #   make test TEST_ARGS="-k sharded -x"     options of pytest
 #   make fuzz FUZZ_ARGS="--seed 7 --kind torch"  options of the fuzzer (see: .venv/bin/python -m tests.fuzz --help)
+#   make uses USES_ARGS="--sequences 500 --seed 3"  options of the fuzz of uses (see: .venv/bin/python -m tests.uses --help)
 #   make soak SOAK_ARGS="--only signals"    options of the soak (see: .venv/bin/python -m tests.soak --help)
 #   make bench BENCH_ARGS="--peers mmap"    options of the benchmark (see: .venv/bin/python -m benchmarks --help)
 #   make env  PYTHON=/path/to/python3.12    another interpreter (after: make clean)
@@ -23,7 +24,7 @@ endif
 NONE_IS_FINE = $(if $(TEST_ARGS),|| test $$? = 5)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak zoo fuzz bench gpu check format docs env clean
+.PHONY: help demo test soak zoo fuzz uses bench gpu check format docs env clean
 
 help:
 	@echo "make demo     real weights and a real size, streamed and resident, side by side"
@@ -31,6 +32,7 @@ help:
 	@echo "make soak     faults of files, memory, signals and processes, and long runs: under 15 minutes"
 	@echo "make zoo      289 architectures of transformers and diffusers, streamed and resident, byte for byte"
 	@echo "make fuzz     100,000 hostile files: clean errors or the right tensors, in 64 MiB"
+	@echo "make uses     10,000 sequences of what people do to models, streamed and resident: equal, or refused"
 	@echo "make bench    odewei and its peers under one memory limit: benchmarks/results"
 	@echo "make gpu      tests and benchmark on an accelerator, where there is one"
 	@echo "make check    format, lint and types"
@@ -58,6 +60,10 @@ zoo: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+
+# A sequence that fails is printed as a program, as short as it can be.
+uses: $(INSTALLED)
+	@$(BIN)/python -m tests.uses $(USES_ARGS)
 
 bench: $(PEERS)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
