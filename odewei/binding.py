@@ -109,6 +109,7 @@ class Binder:
         self._anchors: list[torch.Tensor | None] = [None] * len(units)
         self._kept: dict[int, dict[str, Real]] = {}  # of absent units: what somebody holds, or has written to
         self._flags: dict[str, bool] = {}  # of those that were frozen or unfrozen since
+        self._changed: set[tuple[int, str]] = set()  # what was written without torch's notice
         self._exposed: dict[tuple[int, str], int] = {}  # what may be written without torch: the sum of its bytes
         self._storages: dict[int, tuple[int, str]] | None = None  # resident weights by address; None: never asked for
         self._access: Callable[[int, FrameType], None] = _not_yet
@@ -257,17 +258,18 @@ class Binder:
             return False
         for name in [name for at, name in self._exposed if at == unit]:
             if _sum(tensors[name]) != self._exposed.pop((unit, name)):
-                torch.autograd.graph.increment_version(tensors[name])
-        return any(real._version and self._is_written(unit, name, real) for name, real in tensors.items())
+                self._changed.add((unit, name))
+        return any(self._is_written(unit, name, real) for name, real in tensors.items())
 
     def _is_written(self, unit: int, name: str, real: Real) -> bool:
         """Whether a weight is not as in its file."""
-        return real._version != self._clean.get((unit, name), 0)
+        return real._version != self._clean.get((unit, name), 0) or (unit, name) in self._changed
 
     def is_saved(self, unit: int, versions: Mapping[str, int]) -> None:
         """The weights of a unit are in a file now as they were at these versions."""
         for name, version in versions.items():
             self._clean[unit, name] = version
+            self._changed.discard((unit, name))
 
     def is_held(self, unit: int) -> bool:
         """Whether somebody has a tensor over the memory of a resident unit: one that was handed out, or a view."""

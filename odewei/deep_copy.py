@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import sys
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -42,6 +44,9 @@ class DeepCopy:
     def __call__(self, memo: dict[Any, Any]) -> nn.Module:
         model = self._model()
         assert model is not None, "it hangs on the model"
+        copied = _being_copied(sys._getframe(1))
+        if copied is not None and copied is not model:
+            return _copied(copied, memo)  # a wrapper that looks up in the model what it lacks; the model's turn comes
         skeleton = self._skeleton()
         with skeleton.used_by(memo):
             made = _copied(model, memo)
@@ -52,6 +57,12 @@ class DeepCopy:
     def remove(model: nn.Module) -> None:
         """Have the model, or a copy of it, copied like any other module."""
         model.__dict__.pop("__deepcopy__", None)
+
+
+def _being_copied(frame: FrameType) -> nn.Module | None:
+    """What ``copy.deepcopy`` was called with, if this is its frame."""
+    found = frame.f_locals.get("x") if frame.f_code is copy.deepcopy.__code__ else None
+    return found if isinstance(found, nn.Module) else None
 
 
 def _copied(model: nn.Module, memo: dict[Any, Any]) -> nn.Module:

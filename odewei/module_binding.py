@@ -77,7 +77,7 @@ class IdleParameters(dict[str, Any]):
         return copy.deepcopy(dict(self.items()), memo)
 
     def __reduce__(self) -> Any:
-        refuse_copy()
+        refuse_copy(self)
 
     def copy(self) -> dict[str, Any]:
         return dict(self.items())
@@ -122,7 +122,7 @@ class BoundParameters(dict[str, Any]):
         return copy.deepcopy(dict(self.idle.items()), memo)
 
     def __reduce__(self) -> Any:
-        refuse_copy()
+        refuse_copy(self)
 
     def copy(self) -> dict[str, Any]:
         return dict(self.idle.items())
@@ -314,7 +314,7 @@ class UnitBinding:
         return None  # a copied module has a binding of its own, or none
 
     def __reduce__(self) -> Any:
-        refuse_copy()
+        refuse_copy(self)
 
     def __repr__(self) -> str:
         return f"<UnitBinding of unit {self.unit}: {len(self._modules)} modules, {self._inside} inside>"

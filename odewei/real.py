@@ -74,10 +74,15 @@ class _Bridge(torch.autograd.Function):
         return None, *grads
 
 
+_FIRST = (1 << 63) - 1  # nodes of higher numbers go first; that of gradients' accumulation has the highest there is
+
+
 def in_graph(parameters: Sequence[torch.Tensor], reals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What computes with gradients for ``parameters``, each over the memory of its real tensor."""
     with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad(), torch.inference_mode(False), untransformed():
         made = _Bridge.apply(reals, *parameters)  # type: ignore[no-untyped-call]
+    # What reaches it goes on at once, as into an ordinary parameter: contributions of several uses are added in order.
+    made[0].grad_fn._set_sequence_nr(_FIRST)
     for one in made:
         one.__class__ = Real
     return list(made)

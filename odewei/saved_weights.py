@@ -1,8 +1,8 @@
 """What autograd saves of streamed weights for the backward pass: references, which are read again there, not memory.
 
 While a thread computes with gradients inside a streamed model, torch hands every tensor that it saves to ``pack``
-(``torch.autograd.graph.saved_tensors_hooks``); one over a weight becomes a reference. Others go to the hooks that were
-there before (the user's, those of checkpointing), as if these were the only ones.
+(``torch.autograd.graph.saved_tensors_hooks``); one over a weight becomes a reference. Where others have hooks (the
+user, checkpointing) these are left alone: they get everything, as with any model.
 
 Knows the hooks of torch and what they are pushed for. One list of pushes a thread.
 """
@@ -64,7 +64,7 @@ class SavedWeights:
 
     def begin(self, key: object) -> None:
         """This thread computes with gradients until ``end`` with the same key."""
-        pushed = not self._is_on_top() and self._push()
+        pushed = self._push()
         _mine().append((key, pushed, self))
 
     def end(self, key: object) -> None:
@@ -97,47 +97,25 @@ class SavedWeights:
     def _push(self) -> bool:
         if not _autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
             return False  # a transform (torch.func) allows none: it saves nothing beyond itself
-        outer = _autograd._top_saved_tensors_default_hooks(False)
-        pack, unpack = (None, None) if outer is None else outer
-        hooks = _Hooks(self, pack, unpack)
-        _autograd._push_saved_tensors_default_hooks(hooks.pack, hooks.unpack)
+        if _autograd._top_saved_tensors_default_hooks(False) is not None:
+            return False  # ours, or others', which count what they get (checkpointing)
+        _autograd._push_saved_tensors_default_hooks(self._pack, _unpack)
         return True
 
     def _pop(self) -> None:
-        if self._is_on_top():  # otherwise somebody has pushed others in here and left them
+        top = _autograd._top_saved_tensors_default_hooks(False)
+        if top is not None and top[1] is _unpack:  # otherwise somebody has pushed others in here and left them
             _autograd._pop_saved_tensors_default_hooks()
 
-    def _is_on_top(self) -> bool:
-        top = _autograd._top_saved_tensors_default_hooks(False)
-        hooks = getattr(top[0], "__self__", None) if top is not None else None
-        return isinstance(hooks, _Hooks) and hooks.owner is self
-
-
-class _Hooks:
-    """One push: ours, and those that were there before."""
-
-    __slots__ = ("_outer_pack", "_outer_unpack", "owner")
-
-    def __init__(
-        self, owner: SavedWeights, pack: Callable[[Any], Any] | None, unpack: Callable[[Any], Any] | None
-    ) -> None:
-        self.owner, self._outer_pack, self._outer_unpack = owner, pack, unpack
-
-    def pack(self, tensor: torch.Tensor) -> Any:
-        found = self.owner._weights.refer(tensor)
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        found = self._weights.refer(tensor)
         if found is not None:
             return found
-        if self._outer_pack is not None:
-            return _Packed(self._outer_pack(tensor))
         return tensor if tensor.is_inference() else _Kept(tensor)
 
-    def unpack(self, packed: Any) -> torch.Tensor:
-        if isinstance(packed, WeightReference):
-            return packed.tensor()
-        if isinstance(packed, _Packed):
-            assert self._outer_unpack is not None, "only outer hooks pack"
-            return self._outer_unpack(packed.what)  # type: ignore[no-any-return]
-        return packed.tensor() if isinstance(packed, _Kept) else packed  # type: ignore[no-any-return]
+
+def _unpack(packed: Any) -> torch.Tensor:
+    return packed.tensor() if isinstance(packed, WeightReference | _Kept) else packed  # type: ignore[no-any-return]
 
 
 class _Kept:
@@ -158,15 +136,6 @@ class _Kept:
                 "compute its gradient, with torch.autograd.set_detect_anomaly(True)."
             )
         return self._tensor
-
-
-class _Packed:
-    """What the hooks that were there before have made of a tensor."""
-
-    __slots__ = ("what",)
-
-    def __init__(self, what: Any) -> None:
-        self.what = what
 
 
 _local = threading.local()
