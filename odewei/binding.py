@@ -41,7 +41,7 @@ class WeightStream:
 
     def __init__(self, binder: Binder) -> None:
         self.binder = binder
-        self.saved = SavedWeights(binder)
+        self.saved = SavedWeights(_Weights())
         self.runtime: Any = None  # set when it is made
 
     def lease(self, home: Home, frame: FrameType) -> tuple[torch.Tensor, Callable[[], None]]:
@@ -166,7 +166,7 @@ class Binder:
         reference = self._sides[unit]
         side = None if reference is None else reference()
         if side is None:
-            side = UnitBinding(unit, [module for found in self._modules[unit] if (module := found()) is not None], self)
+            side = UnitBinding(unit, self._modules[unit], self)
             self._sides[unit] = weakref.ref(side)
         return side
 
@@ -404,6 +404,13 @@ class Binder:
 
     def _weight(self, home: Home) -> Weight:
         return next(weight for weight in self._units[home.unit] if weight.name == home.name)
+
+
+class _Weights:
+    """Those of all models: of one that is a part of another, autograd saves weights under the other's hooks."""
+
+    def refer(self, tensor: torch.Tensor) -> WeightReference | None:
+        return next((found for binder in list(_binders) if (found := binder.refer(tensor)) is not None), None)
 
 
 class _Release:

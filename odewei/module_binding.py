@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 
 from odewei.copies import refuse_copy
 from odewei.placeholder import Placeholder
-from odewei.real import Real, in_graph
+from odewei.real import Real, constant, in_graph
 
 if TYPE_CHECKING:
     from odewei.binding import Binder
@@ -151,16 +151,6 @@ def _kind_wanted() -> str:
     return _PLAIN if torch._C._get_tracing_state() is None else _TRACED
 
 
-def constant(real: torch.Tensor) -> torch.Tensor:
-    """Without gradients, and without the tracer's notice."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-    try:
-        return real.detach()
-    finally:
-        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
-
-
 def real_of(placeholder: Placeholder) -> torch.Tensor:
     """What computes, for a forward that takes a weight outside of the module that its unit hangs on."""
     real = placeholder.home.stream.resident(placeholder.home)
@@ -188,12 +178,12 @@ class UnitBinding:
 
     __slots__ = ("__weakref__", "_binder", "_bound", "_inside", "_kind", "_modules", "id", "unit")
 
-    def __init__(self, unit: int, modules: Sequence[nn.Module], binder: Binder) -> None:
+    def __init__(self, unit: int, modules: tuple[weakref.ref[nn.Module], ...], binder: Binder) -> None:
         """``modules`` are those that have weights of the unit."""
         self.id = -1
         self.unit = unit
         self._binder = binder
-        self._modules = tuple(weakref.ref(module) for module in modules)
+        self._modules = modules
         self._bound: list[tuple[weakref.ref[nn.Module], IdleParameters, BoundParameters, int]] | None = None
         self._kind = _PLAIN  # of what is bound
         self._inside = 0

@@ -18,7 +18,7 @@ from torch import nn
 from odewei.errors import ModelError
 from odewei.scheduler.transforms import untransformed
 
-__all__ = ["Real", "in_graph"]
+__all__ = ["Real", "constant", "in_graph"]
 
 
 class Real(nn.Parameter):
@@ -86,3 +86,13 @@ def in_graph(parameters: Sequence[torch.Tensor], reals: Sequence[torch.Tensor]) 
     for one in made:
         one.__class__ = Real
     return list(made)
+
+
+def constant(real: torch.Tensor) -> torch.Tensor:
+    """Without gradients, and without the tracer's notice."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        return real.detach()
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]

@@ -124,7 +124,8 @@ class _Kept:
     __slots__ = ("_tensor", "_version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor, self._version = tensor, tensor._version
+        self._tensor = tensor.detach()  # an output that is saved would hold the node that holds it
+        self._version = tensor._version
 
     def tensor(self) -> torch.Tensor:
         """As it was saved. Raises RuntimeError, as torch does, if it was written to."""

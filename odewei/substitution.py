@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from odewei.placeholder import Home, Placeholder, become
-from odewei.real import in_graph
+from odewei.real import constant, in_graph
 from odewei.uncompiled import uncompiled
 
 __all__ = ["answer", "answer_below_autograd", "is_watched", "with_real"]
@@ -205,6 +205,8 @@ class _Call:
         return tensor
 
     def _as_seen(self, placeholder: Placeholder, tensor: torch.Tensor) -> torch.Tensor:
+        if not self._writes and torch._C._get_tracing_state() is not None:
+            return constant(tensor)
         if placeholder.requires_grad and not self._writes and (self._graph or torch._C._is_any_autocast_enabled()):
             return in_graph([placeholder], [tensor])[0]
         if placeholder.requires_grad == tensor.requires_grad:

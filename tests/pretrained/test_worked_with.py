@@ -197,7 +197,9 @@ def test_training_with_checkpointing(llama: Path) -> None:
 def test_generating(llama: Path) -> None:
     """The ordinary model's tokens: weights are trainable, as its class made them."""
     with both(llama) as pair:
-        assert [one.requires_grad for one in pair[1].parameters()] == [one.requires_grad for one in pair[0].parameters()]
+        assert [one.requires_grad for one in pair[1].parameters()] == [
+            one.requires_grad for one in pair[0].parameters()
+        ]
         for options in ({"do_sample": False}, {"do_sample": True, "top_k": 20}, {"num_beams": 3, "do_sample": False}):
             one, other = on_both(pair, lambda model, how=options: model.generate(IDS, max_new_tokens=8, **how))
             assert torch.equal(one, other)
