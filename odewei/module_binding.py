@@ -176,7 +176,7 @@ class UnitBinding:
     clears. Every state that this may be in is right, so there is no lock.
     """
 
-    __slots__ = ("__weakref__", "_binder", "_bound", "_inside", "_kind", "_modules", "id", "unit")
+    __slots__ = ("__weakref__", "_binder", "_bound", "_inside", "_kind", "_modules", "_trains", "id", "unit")
 
     def __init__(self, unit: int, modules: tuple[weakref.ref[nn.Module], ...], binder: Binder) -> None:
         """``modules`` are those that have weights of the unit."""
@@ -186,6 +186,7 @@ class UnitBinding:
         self._modules = modules
         self._bound: list[tuple[weakref.ref[nn.Module], IdleParameters, BoundParameters, int]] | None = None
         self._kind = _PLAIN  # of what is bound
+        self._trains = False  # some of what is bound leads gradients to parameters
         self._inside = 0
 
     def enter(self) -> None:
@@ -200,7 +201,7 @@ class UnitBinding:
     def bind(self) -> None:
         """The second half of ``enter``."""
         bound, kind = self._bound, _kind_wanted()
-        if bound is None or (self._kind is not kind and (self._kind is _TRACED or kind is not _PLAIN)):
+        if bound is None or not self._serves(kind):
             bound = self._make(kind)
         for reference, idle, parameters, changes in bound:
             module = reference()
@@ -217,6 +218,16 @@ class UnitBinding:
                 own["_parameters"] = parameters
                 if "_flat_weights" in own:
                     follow(module, parameters)
+
+    def _serves(self, kind: str) -> bool:
+        """Whether what is bound will do.
+
+        With gradients each call has a way to the parameters of its own: contributions of several calls to one are added
+        one after another then, as in an ordinary model, and not in groups that depend on when the unit came and went.
+        """
+        if kind is _IN_GRAPH:
+            return self._kind is _IN_GRAPH and not self._trains
+        return self._kind is kind or (kind is _PLAIN and self._kind is _IN_GRAPH)
 
     def leave(self) -> None:
         """This thread leaves."""
@@ -274,7 +285,7 @@ class UnitBinding:
         if trained:
             made = in_graph(trained, [reals[id(value)] for value in trained])
             reals.update(zip(map(id, trained), made, strict=True))
-        self._kind = kind
+        self._kind, self._trains = kind, bool(trained)
         self._bound = [
             (
                 reference,

@@ -134,7 +134,7 @@ def test_edit_says_what_it_does_not_take(llama: Path, tmp_path: Path) -> None:
     """A folder that has weights, and a second edit at once, are refused by errors whose cure works."""
     with both(llama) as (_, streamed):
         with pytest.raises(odewei.OdeweiError, match="new folder"):
-            odewei.edit(streamed, llama / "..").__enter__() if False else _edit_where_weights_are(streamed, tmp_path)
+            _edit_where_weights_are(streamed, tmp_path)
         with (
             odewei.edit(streamed, tmp_path / "a"),
             pytest.raises(odewei.OdeweiError, match="already"),
@@ -236,7 +236,7 @@ def test_a_head_that_was_replaced_is_saved(llama: Path, tmp_path: Path) -> None:
 
 
 def test_copies_of_wrapped_models(llama: Path) -> None:
-    """A copy streams its base weights and goes on when the original is closed, which a wrapper does as the model does."""
+    """A copy streams its base weights and goes on when the original is closed, by its wrapper."""
     with both(llama) as pair:
         wrapped = on_both(pair, with_adapters)
         made = copy.deepcopy(wrapped[1])
@@ -327,7 +327,7 @@ def test_another_dtype_is_saved(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_saving_over_the_own_folder(safe: bool, llama: Path, tmp_path: Path) -> None:
-    """The files are whole afterwards; the streamed model says what to do, and doing it works."""
+    """The files are whole afterwards, and the streamed model goes on."""
     folder = tmp_path / "own"
     shutil.copytree(llama, folder)
     if not safe:
@@ -341,9 +341,6 @@ def test_saving_over_the_own_folder(safe: bool, llama: Path, tmp_path: Path) -> 
         else:
             torch.save(streamed.state_dict(), folder / "pytorch_model.bin")
         assert_same((model, transformers.LlamaForCausalLM.from_pretrained(folder)))
-        try:
-            assert torch.equal(output(streamed), output(model))
-        except odewei.OdeweiError as error:
-            assert "build the model again" in str(error).lower() or "again" in str(error)
+        assert_same((model, streamed))
     with both(folder) as pair:
         assert_same(pair)
