@@ -9,6 +9,10 @@
 #   make env  PYTHON=/path/to/python3.12    another interpreter (after: make clean)
 
 VENV ?= .venv
+VERSIONS ?= 2.9.1 2.13.0 2.14.1
+CORE_TESTS := tests/test_use.py tests/test_worked_with.py tests/test_references.py tests/test_copies.py tests/test_life.py \
+	tests/test_state_dict.py tests/test_rows.py tests/test_experts.py tests/test_traps_modes.py tests/test_traps_modules.py \
+	tests/test_traps_tensors.py tests/test_traps_threads.py tests/test_traps_transforms.py tests/scheduler
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
@@ -24,7 +28,7 @@ endif
 NONE_IS_FINE = $(if $(TEST_ARGS),|| test $$? = 5)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak zoo fuzz uses bench gpu check format docs env clean
+.PHONY: help demo test soak zoo fuzz uses versions bench gpu check format docs env clean
 
 help:
 	@echo "make demo     real weights and a real size, streamed and resident, side by side"
@@ -33,6 +37,7 @@ help:
 	@echo "make zoo      289 architectures of transformers and diffusers, streamed and resident, byte for byte"
 	@echo "make fuzz     100,000 hostile files: clean errors or the right tensors, in 64 MiB"
 	@echo "make uses     10,000 sequences of what people do to models, streamed and resident: equal, or refused"
+	@echo "make versions the core tests with other versions of torch, each in an environment of its own"
 	@echo "make bench    odewei and its peers under one memory limit: benchmarks/results"
 	@echo "make gpu      tests and benchmark on an accelerator, where there is one"
 	@echo "make check    format, lint and types"
@@ -62,6 +67,18 @@ fuzz: $(INSTALLED)
 	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 # A sequence that fails is printed as a program, as short as it can be.
+# Each in an environment of its own: gigabytes, and minutes. VERSIONS="2.9.1" for one of them.
+versions:
+	@test -n "$(PYTHON)" || { echo "odewei needs Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@set -e; for version in $(VERSIONS); do \
+		echo "== torch $$version"; env=$(VENV)-torch-$$version; \
+		test -e $$env/.installed || { $(PYTHON) -m venv $$env; \
+			$$env/bin/python -m pip --disable-pip-version-check --no-input install --quiet torch==$$version; \
+			$$env/bin/python -m pip --disable-pip-version-check --no-input install --quiet --editable ".[hf,cli]" \
+				pytest pytest-timeout hypothesis peft; touch $$env/.installed; }; \
+		$$env/bin/python -m pytest -q -p no:cacheprovider $(CORE_TESTS) $(TEST_ARGS); \
+	done
+
 uses: $(INSTALLED)
 	@$(BIN)/python -m tests.uses $(USES_ARGS)
 

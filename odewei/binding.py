@@ -120,6 +120,7 @@ class Binder:
         self.kept_state: Callable[[Home], torch.Tensor | None] = lambda home: None
         self.on_write: Callable[[int], None] | None = None
         """Called after a write into a weight of a unit, where somebody edits the model (see ``edit``)."""
+        self._written_before: dict[tuple[int, str], int] = {}  # versions of those that have left and come since
         self._clean: dict[tuple[int, str], int] = {}  # the versions of resident weights that are as in their files
         self.made: WeightStream | None = WeightStream(self)
         """To be taken once, and kept by what hangs on the model."""
@@ -242,6 +243,8 @@ class Binder:
         self._forget_storages(tensors)
         held = _held(tensors, anchor)
         kept = {name: real for name, real in tensors.items() if name in held or self._is_written(unit, name, real)}
+        for name in [name for name in tensors if name not in kept and tensors[name]._version]:
+            self._written_before[unit, name] = self.version(unit, name, tensors[name])  # what comes counts from 0
         if kept:
             self._kept[unit] = kept
 
@@ -372,7 +375,11 @@ class Binder:
             return None
         if place is None or (real := self.find(*place)) is None or _address(real) != _address(tensor):
             return None
-        return WeightReference(tensor, real._version, _Load(self.stream(), *place))
+        return WeightReference(tensor, self.version(*place, real), _Load(self.stream(), *place))
+
+    def version(self, unit: int, name: str, real: Real) -> int:
+        """How often a weight was written to, whatever came and went."""
+        return self._written_before.get((unit, name), 0) + real._version
 
     def _forget_storages(self, tensors: Mapping[str, torch.Tensor]) -> None:
         if self._storages is not None:
@@ -435,8 +442,9 @@ class _Load:
 
     def __call__(self) -> tuple[torch.Tensor, int]:
         assert self._stream is not None, "somebody computes with its weights"
-        real = self._stream.binder.load(self._unit, self._name)
-        return real, real._version
+        binder = self._stream.binder
+        real = binder.load(self._unit, self._name)
+        return real, binder.version(self._unit, self._name, real)
 
 
 def original_of(real: object) -> Placeholder | None:

@@ -341,6 +341,7 @@ class Runtime:
     def replace(self, unit: int, infos: Mapping[str, WeightInfo], versions: Mapping[str, int]) -> None:
         """Read a unit's weights from other places from now on, where they are as the resident ones at ``versions``."""
         self.stock.replace(infos)
+        self._state.forget(infos)
         record = self.account.units[unit]
         record.reader = self._unit_readers.planned_anew(self.units[unit].weights, infos, record.nbytes)
         self.binder.is_saved(unit, versions)

@@ -20,7 +20,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -72,6 +72,12 @@ class SavedState:
                     found = self._spooled(home)
                 self._tensors[home.name] = found
             return found
+
+    def forget(self, names: Iterable[str]) -> None:
+        """These weights are in other files now."""
+        with self._lock:
+            for name in names:
+                self._tensors.pop(name, None)
 
     def prepare(self, home: Home) -> bool:
         """The weight may be saved over its own file soon: that goes on being read as it is, if it is replaced, and a
