@@ -53,16 +53,22 @@ def modules_entered(entered: Sequence[int], units: Sequence[Unit]) -> list[str]:
     A unit that was used by itself, but shares all its modules with others, is left out.
     """
     hooked = hooked_modules(units)
+    left_out = [0] * (len(entered) + 1)  # the fewest units that have to be left out from a place on
+    chosen: list[tuple[int, str | None]] = [(1, None)] * len(entered)
+    for place in reversed(range(len(entered))):  # from the end: the longest that fits here may spoil what follows
+        best = left_out[place + 1] + 1, 0
+        for module in units[entered[place]].hooked:
+            used = hooked[module]
+            if list(entered[place : place + len(used)]) == used:
+                worth = left_out[place + len(used)], -len(used)
+                if worth < best:
+                    best, chosen[place] = worth, (len(used), module)
+        left_out[place] = best[0]
     found: list[str] = []
     place = 0
     while place < len(entered):
-        fitting = [
-            (len(hooked[module]), module)
-            for module in units[entered[place]].hooked
-            if list(entered[place : place + len(hooked[module])]) == hooked[module]
-        ]
-        step, module = max(fitting, key=lambda each: each[0], default=(0, ""))
-        if step:
+        step, module = chosen[place]
+        if module is not None:
             found.append(module)
-        place += step or 1
+        place += step
     return found

@@ -95,6 +95,8 @@ def _edit(draw: Draw) -> Arguments:
 def edit(side: Side, way: str, name: str, via: str, seed: int) -> object:
     """One weight, found in one way, changed in one way; what it is at once afterwards."""
     parameter = side.parameter(name, via)
+    if way == "swap_tensors" and isinstance(side.module(name.rpartition(".")[0]), nn.RNNBase):
+        raise Inapplicable("recurrent modules have weak references to their weights, of which torch swaps none")
     WAYS[way](parameter, seed)
     return parameter.detach().clone(), side.parameter(name, "attribute").detach().clone()
 
@@ -108,6 +110,8 @@ def edit_many(side: Side, way: str, pattern: str, seed: int) -> object:
     touched = []
     for number, (name, parameter) in enumerate(side.model.named_parameters()):
         if pattern in name:
+            if way == "swap_tensors" and isinstance(side.module(name.rpartition(".")[0]), nn.RNNBase):
+                continue  # see above
             WAYS[way](parameter, seed + number)
             touched.append(name)
     return touched
