@@ -60,6 +60,7 @@ class _UnitHooks:
         self._driver.enter(unit.id, sys._getframe(1))  # the module's call, which ends with its forward
         unit.enter()
         if torch.is_grad_enabled():
+            unit.saves = True
             self._stream.saved.begin(unit)
 
     @uncompiled
@@ -67,7 +68,8 @@ class _UnitHooks:
         unit = module.__dict__.get(_UNITS)
         if unit is None:
             return
-        self._stream.saved.end(unit)
+        if unit.saves:
+            self._stream.saved.end(unit)
         unit.leave()
         self._driver.leave(unit.id)
 

@@ -86,11 +86,12 @@ class IdleParameters(dict[str, Any]):
 class BoundParameters(dict[str, Any]):
     """Looking a name up is that of an ordinary dictionary. What is stored in it is stored in ``idle``, too."""
 
-    __slots__ = ("idle",)
+    __slots__ = ("changes", "idle")
 
-    def __init__(self, items: Mapping[str, Any], idle: IdleParameters) -> None:
+    def __init__(self, items: Mapping[str, Any], idle: IdleParameters, changes: int) -> None:
+        """``changes``: those of ``idle`` that this takes account of."""
         super().__init__(items)
-        self.idle = idle
+        self.idle, self.changes = idle, changes
 
     def items(self) -> Any:
         return self.idle.items()
@@ -169,6 +170,9 @@ def idle_of(parameters: Any) -> Any:
     return parameters.idle if type(parameters) is BoundParameters else parameters
 
 
+_Bound = tuple["weakref.ref[nn.Module]", IdleParameters, BoundParameters]
+
+
 class UnitBinding:
     """What entering one unit binds. The module that the unit hangs on has it in its dictionary, and keeps it alive.
 
@@ -176,7 +180,19 @@ class UnitBinding:
     clears. Every state that this may be in is right, so there is no lock.
     """
 
-    __slots__ = ("__weakref__", "_binder", "_bound", "_inside", "_kind", "_modules", "_trains", "id", "unit")
+    __slots__ = (
+        "__weakref__",
+        "_binder",
+        "_bound",
+        "_inside",
+        "_kind",
+        "_modules",
+        "_recurrent",
+        "_trains",
+        "id",
+        "saves",
+        "unit",
+    )
 
     def __init__(self, unit: int, modules: tuple[weakref.ref[nn.Module], ...], binder: Binder) -> None:
         """``modules`` are those that have weights of the unit."""
@@ -184,8 +200,10 @@ class UnitBinding:
         self.unit = unit
         self._binder = binder
         self._modules = modules
-        self._bound: list[tuple[weakref.ref[nn.Module], IdleParameters, BoundParameters, int]] | None = None
+        self._bound: list[_Bound] | None = None
         self._kind = _PLAIN  # of what is bound
+        self._recurrent = any(isinstance(module(), nn.RNNBase) for module in modules)
+        self.saves = False  # a thread has computed with gradients inside
         self._trains = False  # some of what is bound leads gradients to parameters
         self._inside = 0
 
@@ -203,21 +221,18 @@ class UnitBinding:
         bound, kind = self._bound, _kind_wanted()
         if bound is None or not self._serves(kind):
             bound = self._make(kind)
-        for reference, idle, parameters, changes in bound:
+        for reference, idle, parameters in bound:  # the only work of a hit that grows with the modules of a unit
             module = reference()
-            if module is None:
-                continue
-            own = module.__dict__
-            if own["_parameters"] is idle:
-                if idle.changes != changes:  # somebody has put other parameters there since
+            if module is not None and module.__dict__["_parameters"] is idle:
+                if idle.changes != parameters.changes:  # somebody has put other parameters there since
                     inside = self._inside
                     self.clear()
                     self._inside = inside
                     self.bind()
                     return
-                own["_parameters"] = parameters
-                if "_flat_weights" in own:
-                    follow(module, parameters)
+                module.__dict__["_parameters"] = parameters
+        if self._recurrent:
+            self._follow()
 
     def _serves(self, kind: str) -> bool:
         """Whether what is bound will do.
@@ -235,32 +250,42 @@ class UnitBinding:
         if self._inside <= 0:
             self._inside = 0
             self._put_idle(self._bound or ())
+            if self._recurrent:
+                self._follow()
 
     def clear(self) -> None:
         """Let go of all real tensors: nobody is inside."""
         bound, self._bound, self._inside = self._bound, None, 0
-        self._put_idle(bound or ())
+        if bound:
+            self._put_idle(bound)
+            if self._recurrent:
+                self._follow()
 
     def owns(self, real: object) -> Placeholder | None:
         """The parameter that a real tensor was bound for."""
-        for _, idle, parameters, _ in self._bound or ():
+        for _, idle, parameters in self._bound or ():
             for name, value in idle.items():
                 if type(value) is Placeholder and dict.get(parameters, name) is real:
                     return value
         return None
 
     @staticmethod
-    def _put_idle(bound: Iterable[tuple[weakref.ref[nn.Module], IdleParameters, BoundParameters, int]]) -> None:
-        for reference, idle, _, _ in bound:
+    def _put_idle(bound: Iterable[_Bound]) -> None:
+        for reference, idle, parameters in bound:
             module = reference()
             if module is not None:
-                own = module.__dict__
-                if own["_parameters"] is not idle and idle_of(own["_parameters"]) is idle:
-                    own["_parameters"] = idle
-                    if "_flat_weights" in own:
-                        follow(module, idle)
+                there = module.__dict__["_parameters"]
+                if there is parameters or (there is not idle and idle_of(there) is idle):
+                    module.__dict__["_parameters"] = idle
 
-    def _make(self, kind: str) -> list[tuple[weakref.ref[nn.Module], IdleParameters, BoundParameters, int]]:
+    def _follow(self) -> None:
+        """Have recurrent modules have the second list of what their dictionaries have."""
+        for reference in self._modules:
+            module = reference()
+            if isinstance(module, nn.RNNBase):
+                follow(module, module.__dict__["_parameters"])
+
+    def _make(self, kind: str) -> list[_Bound]:
         """Dictionaries with what is resident now. A module that lacks something stays idle."""
         found: list[tuple[weakref.ref[nn.Module], IdleParameters, dict[str, Any], int]] = []
         reals: dict[int, torch.Tensor] = {}
@@ -290,8 +315,7 @@ class UnitBinding:
             (
                 reference,
                 idle,
-                BoundParameters({name: reals.get(id(value), value) for name, value in items.items()}, idle),
-                changes,
+                BoundParameters({name: reals.get(id(value), value) for name, value in items.items()}, idle, changes),
             )
             for reference, idle, items, changes in found
         ]
