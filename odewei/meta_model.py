@@ -24,7 +24,6 @@ from odewei.errors import ModelError
 from odewei.scheduler.machine import available_bytes
 from odewei.survey import Modules, is_plain
 from odewei.tape import Tape
-from odewei.without_values import WithoutValues
 
 __all__ = [
     "build_without_weights",
@@ -151,6 +150,8 @@ class _Build:
     def __init__(self, *, with_values: bool = False) -> None:
         self.tape = Tape()
         self.began = torch.get_rng_state()
+        from odewei.without_values import WithoutValues  # when a model is built: importing odewei is quick
+
         self._mode = None if with_values else WithoutValues(self.tape, _LARGE)
         self._small: list[nn.Parameter] = []  # made in the call, with values
         self._small_bytes = 0

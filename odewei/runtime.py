@@ -27,7 +27,6 @@ from odewei.guards import guard, unguard
 from odewei.hooks import Hooks, unhook
 from odewei.host_tier import HostTier
 from odewei.layout import Layout
-from odewei.load_hooks import as_loaded
 from odewei.loaders.base import WeightInfo, WeightsLoader
 from odewei.loaders.plain_callable import CallableLoader
 from odewei.looked_up import LookUps
@@ -122,6 +121,8 @@ class Runtime:
         if copied is not None:
             self.stock = copied[0].of(survey(modules, known=copied[1]))
         else:
+            from odewei.load_hooks import as_loaded  # when a model is built: importing odewei is quick
+
             source, modules = as_loaded(modules, source, partial=options.on_missing == "init")
             self._source = source
             self.stock = Stock.match(

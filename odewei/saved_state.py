@@ -142,7 +142,7 @@ class SavedState:
         mapped = self._map(file)
         pieces = range(0, file.size, _PIECE_BYTES)
         try:
-            with _temporary(file.path.parent) as copy:
+            with _temporary(Path(str(file.path)).parent) as copy:
                 for start in pieces:
                     if mapped is not None:
                         copy.write(mapped[start : start + _PIECE_BYTES])
@@ -161,7 +161,7 @@ class SavedState:
         local = source is not None and source.span is not None and not isinstance(source.span.file, RemoteFile)
         if source is None or source.span is None or not local:
             return tempfile.TemporaryFile(prefix="odewei-")
-        return _temporary(source.span.file.path.parent)
+        return _temporary(Path(str(source.span.file.path)).parent)
 
     def _spooled(self, home: Home) -> torch.Tensor:
         """The weight over a temporary file."""

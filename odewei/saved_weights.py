@@ -115,7 +115,8 @@ class SavedWeights:
 
 
 def _unpack(packed: Any) -> torch.Tensor:
-    return packed.tensor() if isinstance(packed, WeightReference | _Kept) else packed  # type: ignore[no-any-return]
+    found: torch.Tensor = packed.tensor() if isinstance(packed, WeightReference | _Kept) else packed
+    return found
 
 
 class _Kept:

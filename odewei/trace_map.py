@@ -67,8 +67,8 @@ def modules_entered(entered: Sequence[int], units: Sequence[Unit]) -> list[str]:
     found: list[str] = []
     place = 0
     while place < len(entered):
-        step, module = chosen[place]
-        if module is not None:
-            found.append(module)
+        step, name = chosen[place]
+        if name is not None:
+            found.append(name)
         place += step
     return found

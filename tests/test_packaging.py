@@ -144,15 +144,15 @@ def test_the_changelog_has_this_version() -> None:
 
 
 def test_importing_is_quick(tmp_path: Path) -> None:
-    """With torch there already, importing odewei takes less than 50 ms of the processor on a quiet machine (40 were
-    measured); half as much again is allowed, once in a while, for a busy one. With the garbage collector on, as
+    """With torch there already, importing odewei takes less than 100 ms of the processor (80 were measured on a slow
+    machine; half as much again is allowed, once in a while, for a busy one). With the garbage collector on, as
     everybody has it.
     """
     shutil.copytree(ROOT / "odewei", tmp_path / "odewei", ignore=shutil.ignore_patterns("__pycache__"))
     script = "import time, torch; start = time.process_time(); import odewei; print(time.process_time() - start)"
     seconds: list[float] = []
-    while len(seconds) < 3 or (min(seconds) > 0.075 and len(seconds) < 16):  # the first one compiles
+    while len(seconds) < 3 or (min(seconds) > 0.12 and len(seconds) < 16):  # the first one compiles
         done = run(sys.executable, "-c", script, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         seconds.append(float(done.stdout))
-    assert min(seconds) < 0.075, seconds
+    assert min(seconds) < 0.12, seconds
