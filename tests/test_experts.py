@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -474,8 +475,13 @@ def test_what_is_not_a_piece_has_the_residents_bits(saved: Saved) -> None:
             lambda weight: copy.deepcopy(weight)[2],
             lambda weight: torch.func.vmap(lambda place: weight[place])(torch.tensor([1, 2])),
         ):
-            got, expected = use(experts_of(streamed).gate_up_proj), use(experts_of(model).gate_up_proj)
-            assert models.same_bits([got], [expected])
+            try:
+                expected = use(experts_of(model).gate_up_proj)
+            except RuntimeError as error:  # older versions of torch cannot do all of this
+                with pytest.raises(RuntimeError, match=re.escape(str(error)[:40])):
+                    use(experts_of(streamed).gate_up_proj)
+                continue
+            assert models.same_bits([use(experts_of(streamed).gate_up_proj)], [expected])
 
 
 def test_describing_loads_nothing(pair: tuple[nn.Module, nn.Module]) -> None:
