@@ -492,7 +492,7 @@ def test_those_who_watch_operations_see_the_residents(plain: tuple[nn.Module, nn
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
 def test_tracing_does_not_bake_rows_in(plain: tuple[nn.Module, nn.Module]) -> None:
     """A look-up that is traced is one: the trace is right for other ids."""
     model, streamed = plain

@@ -121,7 +121,7 @@ def test_vmap_over_stacked_parameters(depth: int | str, tmp_path: Path) -> None:
         assert torch.equal(streamed(rows(2)), model(rows(2)))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit.trace:FutureWarning")
 def test_jit_trace(tmp_path: Path) -> None:
     """Tracing a function that calls the model gives a graph that is right for other inputs."""
     with twins(Blocks, tmp_path) as (model, streamed), torch.no_grad():
@@ -131,7 +131,7 @@ def test_jit_trace(tmp_path: Path) -> None:
             assert torch.equal(streamed(rows(seed)), model(rows(seed)))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit.trace:FutureWarning")
 def test_jit_trace_of_the_module(tmp_path: Path) -> None:
     """Tracing the module itself is right, too; torch's comparison of two traces may refuse, as weights come and go."""
     with twins(Blocks, tmp_path) as (model, streamed), torch.no_grad():
