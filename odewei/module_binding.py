@@ -135,7 +135,8 @@ def _original(value: Any) -> Any:
         return value
     from odewei.binding import original_of  # it needs this module
 
-    return original_of(value) or value
+    found = original_of(value)  # asked whether it is true, a parameter would be read
+    return value if found is None else found
 
 
 _PLAIN, _IN_GRAPH, _TRACED = "plain", "in graph", "traced"
