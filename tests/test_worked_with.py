@@ -474,6 +474,22 @@ def hooks_copied_to_another(model: Any) -> object:
     return output(model)
 
 
+@action
+def replaced_within_a_forward(model: Any) -> object:
+    """Another weight takes one's place for a moment of the forward, and what was found there is put back."""
+    inner = model.blocks[1].up
+
+    def swap(module: nn.Module, args: Any) -> None:
+        kept = inner._parameters["weight"]
+        inner._parameters["weight"] = nn.Parameter(torch.ones(64, 32))
+        inner._parameters["weight"] = kept
+
+    handle = model.blocks[1].norm.register_forward_pre_hook(swap)
+    found = output(model)
+    handle.remove()
+    return found, weight(model) is dict(model.named_parameters())["blocks.1.up.weight"]
+
+
 # -- looking
 # --------------------------------------------------------------------------------------------------------------
 
