@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from odewei.copies import refuse_copy
-from odewei.placeholder import Placeholder
+from odewei.placeholder import Placeholder, same_memory
 from odewei.real import Real, constant, in_graph
 
 if TYPE_CHECKING:
@@ -36,11 +36,12 @@ __all__ = ["BoundParameters", "IdleParameters", "UnitBinding", "UnitBindings", "
 class IdleParameters(dict[str, Any]):
     """Looking up a streamed name inside a pass loads it and hands out what computes; outside, the parameter itself."""
 
-    __slots__ = ("changes",)
+    __slots__ = ("_displaced", "changes")
 
     def __init__(self, items: Mapping[str, Any]) -> None:
         super().__init__(items)
         self.changes = 0  # what was made from an earlier state is out of date
+        self._displaced: dict[str, Placeholder] | None = None  # what something else was put in the place of
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
@@ -55,7 +56,24 @@ class IdleParameters(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         self.changes += 1
-        super().__setitem__(name, _original(value))
+        before = dict.get(self, name)
+        if type(before) is Placeholder and before is not value:
+            self._displaced = {**(self._displaced or {}), name: before}
+        super().__setitem__(name, self._original(name, value) if type(value) is Real else value)
+
+    def _original(self, name: str, real: Real) -> Any:
+        """What is to be kept of a real tensor: who puts another parameter in the place of one within a forward puts
+        that back as it found it, and the parameter is meant.
+        """
+        displaced = (self._displaced or {}).get(name)
+        if displaced is not None:
+            resident = displaced.home.stream.resident(displaced.home)
+            if resident is not None and same_memory(resident, real):
+                return displaced
+        from odewei.binding import original_of  # it needs this module
+
+        found = original_of(real)  # asked whether it is true, a parameter would be read
+        return real if found is None else found
 
     def __delitem__(self, name: str) -> None:
         self.changes += 1
@@ -127,16 +145,6 @@ class BoundParameters(dict[str, Any]):
 
     def copy(self) -> dict[str, Any]:
         return dict(self.idle.items())
-
-
-def _original(value: Any) -> Any:
-    """What is to be kept: who puts another parameter in the place of one for a while puts that back, as it found it."""
-    if type(value) is not Real:
-        return value
-    from odewei.binding import original_of  # it needs this module
-
-    found = original_of(value)  # asked whether it is true, a parameter would be read
-    return value if found is None else found
 
 
 _PLAIN, _IN_GRAPH, _TRACED = "plain", "in graph", "traced"

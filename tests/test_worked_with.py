@@ -477,7 +477,7 @@ def hooks_copied_to_another(model: Any) -> object:
 @action
 def replaced_within_a_forward(model: Any) -> object:
     """Another weight takes one's place for a moment of the forward, and what was found there is put back."""
-    inner = model.blocks[1].up
+    inner, before = model.blocks[1].up, weight(model)
 
     def swap(module: nn.Module, args: Any) -> None:
         kept = inner._parameters["weight"]
@@ -487,7 +487,8 @@ def replaced_within_a_forward(model: Any) -> object:
     handle = model.blocks[1].norm.register_forward_pre_hook(swap)
     found = output(model)
     handle.remove()
-    return found, weight(model) is dict(model.named_parameters())["blocks.1.up.weight"]
+    model(X).sum().backward()
+    return found, weight(model) is before, gradients(model)
 
 
 # -- looking
