@@ -164,17 +164,20 @@ class Binder:
 
     def side(self, unit: int) -> UnitBinding:
         """What a module that the unit hangs on keeps: one for all of them."""
-        reference = self._sides[unit]
-        side = None if reference is None else reference()
+        side = self._living_side(unit)
         if side is None:
             side = UnitBinding(unit, self._modules[unit], self)
             self._sides[unit] = weakref.ref(side)
         return side
 
+    def _living_side(self, unit: int) -> UnitBinding | None:
+        """As ``side``, if a module has it."""
+        reference = self._sides[unit]
+        return None if reference is None else reference()
+
     def is_entered(self, unit: int) -> bool:
         """Whether a thread is inside a unit."""
-        reference = self._sides[unit]
-        side = None if reference is None else reference()
+        side = self._living_side(unit)
         return side is not None and side.is_entered
 
     def modules(self) -> Iterator[nn.Module]:
@@ -232,8 +235,7 @@ class Binder:
                 with_dtype(parameter, real.dtype)
 
     def retract(self, unit: int) -> None:
-        reference = self._sides[unit]
-        side = None if reference is None else reference()
+        side = self._living_side(unit)
         if side is not None:
             side.clear()
         tensors, self._tensors[unit] = self._tensors[unit], None
@@ -276,8 +278,7 @@ class Binder:
 
     def is_held(self, unit: int) -> bool:
         """Whether somebody has a tensor over the memory of a resident unit: one that was handed out, or a view."""
-        reference = self._sides[unit]
-        side = None if reference is None else reference()
+        side = self._living_side(unit)
         if side is not None:
             side.clear()  # what it holds is not somebody's
         tensors, anchor = self._tensors[unit], self._anchors[unit]
@@ -330,8 +331,7 @@ class Binder:
         self.on_own(home.name, nbytes)
 
     def _unbind(self, unit: int) -> None:
-        reference = self._sides[unit]
-        side = None if reference is None else reference()
+        side = self._living_side(unit)
         if side is not None:
             side.clear()
 
@@ -398,8 +398,7 @@ class Binder:
             for name, found in (tensors or {}).items():
                 if found is real:
                     return next((one for one in self.parameters(unit) if one.home.name == name and one.is_owner), None)
-            reference = self._sides[unit]
-            side = None if reference is None else reference()
+            side = self._living_side(unit)
             owner = None if side is None else side.owns(real)
             if owner is not None:
                 return owner

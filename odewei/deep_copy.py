@@ -71,7 +71,8 @@ def _copied(model: nn.Module, memo: dict[Any, Any]) -> nn.Module:
     maker, arguments, state = reduced[:3]
     if maker is not copyreg.__newobj__ or len(arguments) != 1:  # type: ignore[attr-defined]
         raise ModelError(
-            f"{type(model).__name__} says itself how it is copied, which would copy all weights",
+            "the class says itself how it is copied, which would copy all weights",
+            module=type(model).__name__,
             cure="Build it a second time from the same checkpoint",
         )
     made: nn.Module = type(model).__new__(type(model))

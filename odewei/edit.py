@@ -38,9 +38,8 @@ def edit(model: Model, folder: str | os.PathLike[str]) -> Iterator[Model]:
     budget.
 
     Any way of writing into the parameters of the model will do, ``.data = ...`` of the same shape and dtype included.
-    Units that were written to are saved as they fill up a part of the budget, and at the end; the model reads them
-    from there
-    from then on, so the folder has to stay as long as the model streams. ``save_pretrained`` and ``state_dict``
+    Units that were written to are saved as they fill up a part of the budget, and at the end; the model reads them from
+    there from then on, so the folder has to stay as long as the model streams. ``save_pretrained`` and ``state_dict``
     afterwards hand out the edited model whole.
 
     What cannot be read back as it was stays in memory as it does without ``edit``: parameters of another shape or

@@ -31,7 +31,7 @@ class Weights(Protocol):
 class WeightReference:
     """A tensor over a weight: ``load`` gives its memory again; ``shape``, ``stride`` and ``offset`` are in elements.
 
-    ``version`` is what ``version_now`` said when it was saved: another one later means that the weight was written to.
+    ``version`` is the weight's when it was saved: another one later means that it was written to.
     """
 
     __slots__ = ("_load", "_version", "dtype", "offset", "shape", "stride")
