@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from odewei.errors import CheckpointError, CheckpointNotFoundError, OptionsError
 from odewei.pretrained.folder import read_json
 from odewei.pretrained.options import Asked
 
-__all__ = ["Place", "build_pretrained", "load_pretrained", "placed"]
+__all__ = ["Place", "build_pretrained", "load_pretrained", "located", "placed"]
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 
@@ -35,7 +35,7 @@ def load_pretrained(path: str | os.PathLike[str], asked: Asked) -> nn.Module:
     """The streamed model at ``path``; see ``odewei.from_pretrained``."""
     if isinstance(path, str | os.PathLike) and os.path.isfile(path):
         return _of_one_file(Path(path), asked)
-    folder = _locate(path, asked)
+    folder = located(path, asked)
     was_found_inside = os.path.isdir(path) and folder != Path(path)
     return build_pretrained(placed(folder, str(folder) if was_found_inside else os.fspath(path), asked), asked)
 
@@ -59,7 +59,7 @@ def placed(folder: Path, name: str, asked: Asked) -> Place:
             cure="Write the path of the model into it, or put the model's files beside it",
         )
     try:
-        found = _locate(base, replace(asked, subfolder="", revision=None))
+        found = located(base, replace(asked, subfolder="", revision=None))
     except CheckpointError as error:
         raise type(error)(
             f"the adapter's model cannot be found: {error.problem}",
@@ -83,7 +83,8 @@ def build_pretrained(place: Place, asked: Asked) -> nn.Module:
     return build_transformers(inside, place, stored, asked)
 
 
-def _locate(path: str | os.PathLike[str], asked: Asked) -> Path:
+def located(path: str | os.PathLike[str], asked: Asked, **marks: Sequence[str]) -> Path:
+    """The folder at ``path``, as it is asked for; ``marks`` as for ``hub.locate``."""
     from odewei.pretrained.hub import locate
 
     return locate(
@@ -96,6 +97,7 @@ def _locate(path: str | os.PathLike[str], asked: Asked) -> Path:
         force_download=asked.force_download,
         subfolder=asked.subfolder,
         variant=asked.variant,
+        **marks,
     )
 
 

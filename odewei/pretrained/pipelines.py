@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError, OdeweiError, OptionsError, UnsafeCheckpointError
-from odewei.pretrained.build import build_pretrained, placed
+from odewei.pretrained.build import build_pretrained, located, placed
 from odewei.pretrained.folder import read_json
 from odewei.pretrained.options import Asked, FileOptions, StreamOptions, required
 from odewei.runtime import runtime_of, runtimes_in
@@ -43,7 +43,7 @@ def stream_folder(path: str | os.PathLike[str], asked: Asked) -> Pipeline:
     """The pipeline of a folder with a model_index.json; see ``odewei.stream_pipeline``."""
     diffusers = required("diffusers", extra=None, purpose="stream_pipeline")
     _refuse_what_pipelines_lack(asked)
-    folder = _located(path, asked)
+    folder = located(path, asked, marks=(_INDEX,))
     if not (folder / _INDEX).is_file() and (folder / "config.json").is_file():
         raise CheckpointNotFoundError(
             f"the folder has no {_INDEX}: it is one model, not a pipeline",
@@ -205,22 +205,6 @@ def _check_parts(index: Mapping[str, object], asked: Asked, diffusers: Any) -> N
             )
 
 
-def _located(path: str | os.PathLike[str], asked: Asked) -> Path:
-    from odewei.pretrained.hub import locate
-
-    return locate(
-        path,
-        revision=asked.revision,
-        local_files_only=asked.local_files_only,
-        with_code=asked.trusts_code,
-        token=asked.token,
-        cache_dir=asked.cache_dir,
-        force_download=asked.force_download,
-        variant=asked.variant,
-        marks=(_INDEX,),
-    )
-
-
 def _folder(pipeline: Pipeline, folder: str | os.PathLike[str] | None) -> Path:
     named = folder
     if named is None:
@@ -229,7 +213,7 @@ def _folder(pipeline: Pipeline, folder: str | os.PathLike[str] | None) -> Path:
         raise OptionsError(
             "the pipeline does not know which folder it was loaded from", cure="Give folder=, the one with its parts"
         )
-    return _located(named, Asked(local_files_only=True))
+    return located(named, Asked(local_files_only=True), marks=(_INDEX,))
 
 
 def _model_class(name: str, value: object, folder: Path, diffusers: Any, trusts_code: bool) -> type | None:
