@@ -78,9 +78,6 @@ class WeightStream:
     def kept_state(self, home: Home) -> torch.Tensor | None:
         return self.binder.kept_state(home)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> WeightStream:
-        return self
-
 
 class Binder:
     """The tensors of a model's resident units. The scheduler's client.

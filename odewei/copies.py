@@ -44,7 +44,7 @@ def refuse_copy(self: object, *_: Any) -> NoReturn:
 class Inert:
     """What a hook's object is in an ordinary copy of a part: it does nothing."""
 
-    _driver = _experts = _stream = None
+    _experts = None
 
     def before(self, module: nn.Module, args: Any) -> None: ...
 

@@ -8,6 +8,7 @@ there from then on, as others are from the checkpoint. Files and checkpoint are 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -79,6 +80,7 @@ class _Session:
         self._runtime, self._folder = runtime, folder
         self._written: dict[int, None] = {}
         self._map: dict[str, str] = {}
+        self._numbers = itertools.count(1)
         self._lock = threading.RLock()
         self._most_bytes = runtime.budget.limit_bytes // _PART_OF_BUDGET
 
@@ -106,8 +108,7 @@ class _Session:
         runtime = self._runtime
         if not runtime.may_be_replaced(unit):
             return  # read in parts: it stays in memory
-        name = f"edited-{unit:05}-{sum(value.startswith(f'edited-{unit:05}') for value in set(self._map.values()))}"
-        path = self._folder / f"{name}.safetensors"
+        path = self._folder / f"edited-{next(self._numbers):05}.safetensors"  # a unit may be saved more than once
         with torch.no_grad():
             tensors = {
                 weight.name: runtime.binder.load(unit, weight.name).detach() for weight in runtime.units[unit].weights

@@ -91,9 +91,6 @@ class Home:
         self.stream, self.unit, self.name, self.part = stream, unit, name, part
         self.owner = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Home:
-        return self
-
     def __repr__(self) -> str:
         return f"<Home of {self.name!r}, unit {self.unit}>"
 

@@ -56,14 +56,7 @@ _ANSWERED = frozenset(
 """What is answered without loading anything: the weight's description, and what hangs on the parameter."""
 
 
-def _of_class(name: str) -> Iterator[Any]:
-    """What ``Placeholder`` does itself."""
-    yield getattr(torch.Tensor, name)
-    if hasattr(torch, name):
-        yield getattr(torch, name)
-
-
-_DETACH = frozenset(_of_class("detach"))
+_DETACH = frozenset([torch.Tensor.detach, torch.detach])
 _POINTERS = frozenset(
     getattr(torch.Tensor, name) for name in ("_typed_storage", "data_ptr", "storage", "untyped_storage")
 )
