@@ -59,6 +59,9 @@ class WeightStream:
     def becomes_own(self, home: Home, nbytes: int) -> None:
         self.binder.becomes_own(home, nbytes)
 
+    def moved(self, home: Home) -> None:
+        self.binder.moved(home)
+
     def wrote(self, home: Home) -> None:
         if self.binder.on_write is not None:
             self.binder.on_write(home.unit)
@@ -325,7 +328,14 @@ class Binder:
     def becomes_own(self, home: Home, nbytes: int) -> None:
         """The parameter is the user's own from now on."""
         self._unbind(home.unit)
+        self.moved(home)
         self.on_own(home.name, nbytes)
+
+    def moved(self, home: Home) -> None:
+        """The parameter was put into a module, or taken out of one."""
+        side = self._living_side(home.unit)
+        if side is not None:
+            side.look_again()
 
     def _unbind(self, unit: int) -> None:
         side = self._living_side(unit)

@@ -55,7 +55,7 @@ class _UnitHooks:
     @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
         unit = module.__dict__.get(_UNITS)
-        if unit is None:
+        if unit is None or not unit.is_needed():
             return
         self._driver.enter(unit.id, sys._getframe(1))  # the module's call, which ends with its forward
         unit.enter()
@@ -66,7 +66,7 @@ class _UnitHooks:
     @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         unit = module.__dict__.get(_UNITS)
-        if unit is None:
+        if unit is None or not unit.is_needed():
             return
         if unit.saves:
             self._stream.saved.end(unit)
@@ -85,7 +85,7 @@ class _SeveralHooks:
 
     @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
-        frame, units = sys._getframe(1), module.__dict__.get(_UNITS) or ()
+        frame, units = sys._getframe(1), _needed(module)
         for entered, unit in enumerate(units):
             try:
                 self._driver.enter(unit.id, frame)
@@ -102,12 +102,16 @@ class _SeveralHooks:
 
     @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        units = module.__dict__.get(_UNITS) or ()
+        units = _needed(module)
         if units:
             self._stream.saved.end(units[0])
         for unit in reversed(units):
             unit.leave()
             self._driver.leave(unit.id)
+
+
+def _needed(module: nn.Module) -> list[UnitBinding]:
+    return [unit for unit in module.__dict__.get(_UNITS) or () if unit.is_needed()]
 
 
 class _PassHooks:

@@ -55,11 +55,20 @@ class IdleParameters(dict[str, Any]):
         return self[name] if name in self else default  # noqa: SIM401  (dict.get would not look it up)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.changes += 1
+        if type(value) is Real:
+            value = self._original(name, value)
         before = dict.get(self, name)
+        self._changed(before, value)
         if type(before) is Placeholder and before is not value:
             self._displaced = {**(self._displaced or {}), name: before}
-        super().__setitem__(name, self._original(name, value) if type(value) is Real else value)
+        super().__setitem__(name, value)
+
+    def _changed(self, *values: object) -> None:
+        """These come or go."""
+        self.changes += 1
+        for value in values:
+            if type(value) is Placeholder:
+                value.home.stream.moved(value.home)
 
     def _original(self, name: str, real: Real) -> Any:
         """What is to be kept of a real tensor: who puts another parameter in the place of one within a forward puts
@@ -76,11 +85,11 @@ class IdleParameters(dict[str, Any]):
         return real if found is None else found
 
     def __delitem__(self, name: str) -> None:
-        self.changes += 1
+        self._changed(dict.get(self, name))
         super().__delitem__(name)
 
     def pop(self, name: str, *default: Any) -> Any:
-        self.changes += 1
+        self._changed(dict.get(self, name))
         return super().pop(name, *default)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -88,7 +97,7 @@ class IdleParameters(dict[str, Any]):
             self[name] = value
 
     def clear(self) -> None:
-        self.changes += 1
+        self._changed(*self.values())
         super().clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
@@ -196,6 +205,7 @@ class UnitBinding:
         "_inside",
         "_kind",
         "_modules",
+        "_needed",
         "_recurrent",
         "_trains",
         "id",
@@ -212,9 +222,20 @@ class UnitBinding:
         self._bound: list[_Bound] | None = None
         self._kind = _PLAIN  # of what is bound
         self._recurrent = any(isinstance(module(), nn.RNNBase) for module in modules)
+        self._needed: bool | None = None  # whether there is anything to bind; None: not looked at
         self.saves = False  # a thread has computed with gradients inside
         self._trains = False  # some of what is bound leads gradients to parameters
         self._inside = 0
+
+    def is_needed(self) -> bool:
+        """Whether any of its modules still has a weight of the unit: the user may have put others in all places."""
+        if self._needed is None:
+            self._needed = any(True for _ in self._binder.parameters(self.unit))
+        return self._needed
+
+    def look_again(self) -> None:
+        """Something of the unit has come or gone."""
+        self._needed = None
 
     def enter(self) -> None:
         """This thread is inside, and the unit is resident and leased."""

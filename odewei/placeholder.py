@@ -50,6 +50,9 @@ class Stream(Protocol):
     def becomes_own(self, home: Home, nbytes: int) -> None:
         """The parameter is about to become an ordinary one of so many bytes: the user's own."""
 
+    def moved(self, home: Home) -> None:
+        """The parameter was put into a module, or taken out of one."""
+
     def wrote(self, home: Home) -> None:
         """Something that writes was called with the parameter, and has ended."""
 

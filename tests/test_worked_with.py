@@ -566,3 +566,29 @@ def test_as_the_resident_model(name: str, depth: int | str, tmp_path: Path) -> N
     for runtime in odewei.runtime.runtimes_in(streamed):
         runtime.driver.ledger.check_invariants()
     odewei.close(streamed)
+
+
+@pytest.mark.parametrize("how", ["data", "assign", "set"])
+@pytest.mark.parametrize("depth", [0, "auto"])
+def test_units_of_which_nothing_is_left_are_not_read(how: str, depth: int | str, tmp_path: Path) -> None:
+    """Where the user's own weights are in all places nothing is read for them, not even if the file is gone."""
+    model = Net()
+    path = models.save(model, tmp_path / "model.safetensors")
+    streamed = odewei.torch.init_on_demand_weights_model(Net, path, memory_budget="60kB", prefetch_depth=depth)
+    for one in (model, streamed):
+        if how == "assign":
+            one.load_state_dict({name: value.clone() * 2 for name, value in one.state_dict().items()}, assign=True)
+        for module in one.modules():
+            for name, weight in list(module._parameters.items()):
+                if weight is None:
+                    continue
+                if how == "data":
+                    weight.data = weight.data.clone() * 2
+                elif how == "set":
+                    setattr(module, name, nn.Parameter(weight.detach().clone() * 2))
+    path.unlink()
+    accesses = odewei.report(streamed).accesses
+    for _ in range(2):
+        assert torch.equal(output(streamed), output(model))
+    assert odewei.report(streamed).accesses == accesses
+    odewei.close(streamed)
