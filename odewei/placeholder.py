@@ -238,17 +238,23 @@ class Placeholder(torch.Tensor):
             if skeleton is not None and self.is_owner:
                 memo[id(self)] = skeleton.parameter(self)
             else:
-                memo[id(self)] = self._copied()
+                memo[id(self)] = self._copied(memo)
         found: torch.Tensor = memo[id(self)]
         return found
 
-    def _copied(self) -> torch.Tensor:
-        """An ordinary tensor with the values, and what else ``deepcopy`` copies."""
+    def _copied(self, memo: dict[Any, Any]) -> torch.Tensor:
+        """An ordinary parameter with the values; or a tensor, which shares its memory with others that are copied of the
+        same weight, as copies of ordinary tensors do.
+        """
+        kept = None if self._is_param else memo.get(self.home)
+        if kept is not None:
+            return kept.detach()  # type: ignore[no-any-return]
         with torch.no_grad():
             values = self.fetch().detach().clone()
-        if not self._is_param:
-            return values
-        return nn.Parameter(values, requires_grad=self.requires_grad)
+        if self._is_param:
+            return nn.Parameter(values, requires_grad=self.requires_grad)
+        memo[self.home] = values
+        return values
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         content = self.content().detach()

@@ -428,6 +428,16 @@ def copied_whole(model: Any) -> object:
 
 
 @action
+def state_copied_and_assigned(model: Any) -> object:
+    """What two names of the state share their copies share."""
+    model.blocks[3].up.weight = model.blocks[1].up.weight
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with torch.no_grad():
+        weight(model).mul_(2)
+    return output(model), model.blocks[3].up.weight
+
+
+@action
 def copied_in_part(model: Any) -> object:
     made = copy.deepcopy(model.lstm)
     assert all(type(one) is nn.Parameter for one in made.parameters())
