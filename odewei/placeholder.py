@@ -243,8 +243,8 @@ class Placeholder(torch.Tensor):
         return found
 
     def _copied(self, memo: dict[Any, Any]) -> torch.Tensor:
-        """An ordinary parameter with the values; or a tensor, which shares its memory with others that are copied of the
-        same weight, as copies of ordinary tensors do.
+        """An ordinary parameter with the values; or a tensor, which shares its memory with others that are copied of
+        the same weight, as copies of ordinary tensors do.
         """
         kept = None if self._is_param else memo.get(self.home)
         if kept is not None:
