@@ -46,7 +46,7 @@ class DeepCopy:
         assert model is not None, "it hangs on the model"
         copied = _being_copied(sys._getframe(1))
         if copied is not None and copied is not model:
-            return _copied(copied, memo)  # a wrapper that looks up in the model what it lacks; the model's turn comes
+            return _reduced(copied, memo)  # a wrapper that looks up in the model what it lacks; the model's turn comes
         skeleton = self._skeleton()
         with skeleton.used_by(memo):
             made = _copied(model, memo)
@@ -67,15 +67,22 @@ def _being_copied(frame: FrameType) -> nn.Module | None:
 
 def _copied(model: nn.Module, memo: dict[Any, Any]) -> nn.Module:
     """As ``copy.deepcopy`` does for a class that has no way of its own."""
-    reduced: Any = model.__reduce_ex__(4)
-    maker, arguments, state = reduced[:3]
+    maker, arguments, *_ = model.__reduce_ex__(4)
     if maker is not copyreg.__newobj__ or len(arguments) != 1:  # type: ignore[attr-defined]
         raise ModelError(
             "the class says itself how it is copied, which would copy all weights",
             module=type(model).__name__,
             cure="Build it a second time from the same checkpoint",
         )
-    made: nn.Module = type(model).__new__(type(model))
-    memo[id(model)] = made
-    made.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
+    return _reduced(model, memo)
+
+
+def _reduced(module: nn.Module, memo: dict[Any, Any]) -> nn.Module:
+    """As ``copy.deepcopy`` does with what ``__reduce_ex__`` says of a module."""
+    reduced: Any = module.__reduce_ex__(4)
+    maker, arguments, state = (*reduced, None)[:3]
+    made: nn.Module = maker(*(copy.deepcopy(one, memo) for one in arguments))
+    memo[id(module)] = made
+    if state is not None:
+        made.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
     return made

@@ -114,6 +114,22 @@ def test_a_dropped_copy_closes(tmp_path: Path) -> None:
         models.outputs(streamed, models.CASES["llama"].inputs(0))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_a_compiled_model_is_copied(tmp_path: Path) -> None:
+    """The wrapper that torch.compile gives says itself how it is copied."""
+    build = models.CASES["llama"].build
+    model = models.resident(build)
+    path = models.save(model, tmp_path / "model.safetensors")
+    with models.streamed(build, path) as streamed:
+        made = copy.deepcopy(torch.compile(streamed, backend="eager"))
+        assert type(made) is type(torch.compile(model))
+        assert made._orig_mod is not streamed
+        with torch.no_grad():
+            check(model, made, "llama")
+        odewei.close(made)
+        check(model, streamed, "llama")
+
+
 def test_parts_and_pickles_are_refused(tmp_path: Path) -> None:
     """The message names the cure. After materialize everything goes."""
     build = models.CASES["llama"].build

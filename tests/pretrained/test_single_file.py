@@ -218,14 +218,15 @@ def test_what_is_neither_moved_nor_joined_is_computed(tmp_path: Path, monkeypatc
         single_file_model.SINGLE_FILE_LOADABLE_CLASSES["AutoencoderKL"], "checkpoint_mapping_fn", doubled
     )
     kept = from_single_file(kind, path, tmp_path / "model")
-    model = odewei.from_pretrained(path, model_class=kind, config=tmp_path / "model", memory_budget="256KiB")
     asked.clear()
+    model = odewei.from_pretrained(path, model_class=kind, config=tmp_path / "model", memory_budget="256KiB")
     try:
         inputs = _ENTRIES["AutoencoderKL"].inputs(1)
         assert same_bits(outputs(model, inputs), outputs(kept, inputs))
         first = "first_stage_model.encoder.conv_in"
-        assert asked
-        assert all(one == {f"{first}.weight", f"{first}.bias"} for one in asked)
+        read = [one for one in asked if one]  # without values: when it is found out what the weights are made of
+        assert read
+        assert all(one == {f"{first}.weight", f"{first}.bias"} for one in read)
     finally:
         odewei.close(model)
 

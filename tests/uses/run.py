@@ -266,6 +266,8 @@ class Pair:
                 closed = attempt(functools.partial(odewei.close, one))
                 if isinstance(closed, Raised) and not _is_refusal(closed):
                     raise _Fault("closing raises", f"{closed!r}\n" + "\n".join(closed.error.__notes__))
+        for side in self._sides:
+            side.model = nn.Module()
 
 
 def _new(path: Path) -> Path:
@@ -301,11 +303,14 @@ def _nothing_is_left(before: Collection[threading.Thread]) -> None:
     """No thread of a model outlives it."""
     if set(_threads()) <= set(before):
         return
-    gc.collect()
     until = time.monotonic() + 5
     new = [thread for thread in _threads() if thread not in before]
-    for thread in new:
-        thread.join(max(0.0, until - time.monotonic()))
+    # More than once: the class that torch makes for a parametrized layer keeps that layer, also in copies, so one model
+    # is only found when another, with its threads, is gone.
+    while any(thread.is_alive() for thread in new) and time.monotonic() < until:
+        gc.collect()
+        for thread in new:
+            thread.join(0.2)
     if left := [thread.name for thread in new if thread.is_alive()]:
         raise _Fault("threads are left", ", ".join(left))
 

@@ -32,7 +32,8 @@ class Stack(nn.Module):
 
     def through(self, hidden: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            if self.checkpointed and torch.is_grad_enabled():
+            # Compiled by the backend "eager", torch itself draws other dropout when it runs a block again.
+            if self.checkpointed and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 hidden = checkpoint(block, hidden, use_reentrant=False)
             else:
                 hidden = block(hidden)
