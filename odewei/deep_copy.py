@@ -67,7 +67,8 @@ def _being_copied(frame: FrameType) -> nn.Module | None:
 
 def _copied(model: nn.Module, memo: dict[Any, Any]) -> nn.Module:
     """As ``copy.deepcopy`` does for a class that has no way of its own."""
-    maker, arguments, *_ = model.__reduce_ex__(4)
+    reduced: Any = model.__reduce_ex__(4)
+    maker, arguments = reduced[:2]
     if maker is not copyreg.__newobj__ or len(arguments) != 1:  # type: ignore[attr-defined]
         raise ModelError(
             "the class says itself how it is copied, which would copy all weights",
