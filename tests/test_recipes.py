@@ -170,7 +170,7 @@ def test_arrays_in_fortran_order_give_the_bits_of_the_resident_model(tmp_path: P
 
     arrays = {name: np.asfortranarray(t.numpy()) for name, t in zoo.resident(build).state_dict().items()}
     np.savez(tmp_path / "model.npz", **arrays)
-    model = build().eval().requires_grad_(False)
+    model = build().eval()
     model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, assign=True)
     inputs = {"input": torch.randn(7, 96, generator=torch.Generator().manual_seed(0))}
     with zoo.streamed(build, tmp_path, memory_budget=70_000, granularity="leaf") as streamed:

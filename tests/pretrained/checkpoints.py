@@ -13,12 +13,12 @@ __all__ = ["as_loaded", "edit", "saved"]
 
 
 def as_loaded(kind: Any, folder: Path, **options: Any) -> Any:
-    """What ``kind.from_pretrained`` loads, frozen, in memory of its own.
+    """What ``kind.from_pretrained`` loads, trainable as it comes, in memory of its own.
 
     Transformers leaves weights where they lie in the mapped file, at any multiple of 4 bytes or so, and some of torch's
     kernels give other last bits there than for memory that torch has aligned.
     """
-    model = kind.from_pretrained(folder, **options).eval().requires_grad_(False)
+    model = kind.from_pretrained(folder, **options).eval()
     for _, value in (*model.named_parameters(), *model.named_buffers()):
         value.data = value.data.clone()
     return model

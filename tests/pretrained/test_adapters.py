@@ -52,12 +52,10 @@ def check(kind: Any, path: Path, **options: Any) -> None:
         value.data = value.data.clone()
     adapters = {name: value for name, value in kept.named_parameters() if "lora_" in name}
     assert adapters
-    for value in kept.parameters():
-        value.requires_grad_(False)
     with streamed(path, **options) as model:
         found = dict(model.named_parameters())
-        assert {name: value.dtype for name, value in found.items()} == {
-            name: value.dtype for name, value in kept.named_parameters()
+        assert {name: (value.dtype, value.requires_grad) for name, value in found.items()} == {
+            name: (value.dtype, value.requires_grad) for name, value in kept.named_parameters()
         }
         assert all(torch.equal(found[name], value) for name, value in adapters.items())
         assert all(not found[name].requires_grad for name in adapters)

@@ -46,7 +46,7 @@ def resident(folder: Path) -> Any:
     """The pipeline as diffusers loads it, its weights frozen and in memory of their own."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     for model in models(pipeline).values():
-        for _, value in (*model.requires_grad_(False).named_parameters(), *model.named_buffers()):
+        for _, value in (*model.named_parameters(), *model.named_buffers()):
             value.data = value.data.clone()
     return pipeline
 

@@ -153,7 +153,7 @@ def made(name: str, folder: Path, suffix: str = ".safetensors") -> tuple[Any, Pa
 
 def from_single_file(kind: Any, path: Path, config: Path, **options: Any) -> Any:
     """What diffusers loads, in memory of its own."""
-    model = kind.from_single_file(str(path), config=str(config), **options).eval().requires_grad_(False)
+    model = kind.from_single_file(str(path), config=str(config), **options).eval()
     for _, value in (*model.named_parameters(), *model.named_buffers()):
         value.data = value.data.clone()
     return model

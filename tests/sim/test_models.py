@@ -128,7 +128,7 @@ def resident(make: Callable[[], nn.Module], file: Path, device: str = "sim") -> 
 
     model = make().eval()
     model.load_state_dict(load_file(file), strict=False)
-    return model.requires_grad_(False).to(device)
+    return model.to(device)
 
 
 def on_device(inputs: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:

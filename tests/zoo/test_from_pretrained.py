@@ -115,10 +115,10 @@ def smallest_pretrained(folder: Path, budget_bytes: int) -> nn.Module:
 
 
 def _described(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Names, shapes and dtypes of all that a model has, and which are the same."""
+    """Names, shapes, dtypes and flags of all that a model has, and which are the same."""
     first: dict[int, str] = {}
     found: dict[str, tuple[Any, ...]] = {}
     values = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]  # kept, so that ids are theirs
     for name, value in values:
-        found[name] = (first.setdefault(id(value), name), tuple(value.shape), value.dtype)
+        found[name] = (first.setdefault(id(value), name), tuple(value.shape), value.dtype, value.requires_grad)
     return found

@@ -39,7 +39,7 @@ def _streamed_parts(
     parts: dict[str, Callable[[], nn.Module]], folder: Path
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module], odewei.MemoryBudget]:
     """The parts in memory, the parts streamed under one budget, and that budget."""
-    kept = {name: resident(build).requires_grad_(False) for name, build in parts.items()}
+    kept = {name: resident(build) for name, build in parts.items()}
     paths = {name: save(kept[name], folder / f"{name}.safetensors") for name in parts}
     least = max(smallest_budget(build, paths[name]) for name, build in parts.items())
     total = sum(weight_bytes(part) for part in kept.values())
