@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from odewei.copies import Skeleton
 from odewei.saved_weights import SavedWeights
 from odewei.uncompiled import uncompiled
 
-__all__ = ["Home", "Placeholder", "Stream", "become", "same_memory", "take_over", "with_dtype"]
+__all__ = ["Home", "Placeholder", "Stream", "become", "become_resident", "same_memory", "take_over", "with_dtype"]
 
 
 class Stream(Protocol):
@@ -85,14 +86,25 @@ class Stream(Protocol):
 class Home:
     """Where one weight belongs: its unit and its name in the checkpoint. ``part``: what reads parts of it, if any.
 
-    ``owner`` is the number (``id``) of the one object that is the parameter; others are made of it.
+    ``owner`` is the number (``id``) of the one object that is the parameter; others, the ``aliases``, are made of it.
     """
 
-    __slots__ = ("name", "owner", "part", "stream", "unit")
+    __slots__ = ("_aliases", "name", "owner", "part", "stream", "unit")
 
     def __init__(self, stream: Stream, unit: int, name: str, part: Any = None) -> None:
         self.stream, self.unit, self.name, self.part = stream, unit, name, part
         self.owner = 0
+        self._aliases: weakref.WeakValueDictionary[int, Placeholder] | None = None  # most weights never have one
+
+    def add_alias(self, alias: Placeholder) -> None:
+        """Another object than the parameter stands for the weight."""
+        if self._aliases is None:
+            self._aliases = weakref.WeakValueDictionary()
+        self._aliases[id(alias)] = alias
+
+    def aliases(self) -> list[Placeholder]:
+        """Those that are left."""
+        return [] if self._aliases is None else list(self._aliases.values())
 
     def __repr__(self) -> str:
         return f"<Home of {self.name!r}, unit {self.unit}>"
@@ -190,6 +202,7 @@ class Placeholder(torch.Tensor):
         if for_state:
             made.__dict__["_for_state"] = True
             made.__dict__["_mapped"] = self.home.stream.kept_state(self.home)
+        self.home.add_alias(made)
         return made
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -316,7 +329,8 @@ def with_dtype(placeholder: Placeholder, dtype: torch.dtype) -> None:
 
 def become(placeholder: Placeholder, value: torch.Tensor) -> None:
     """Make it an ordinary parameter (or tensor, if it is not a parameter) over the memory of ``value``, for all who
-    have it: from now on it is the user's own and not streamed.
+    have it: from now on it is the user's own and not streamed. What was made of it goes on as it was, as when torch
+    gives a parameter other data.
     """
     home, is_owner, is_param = placeholder.home, placeholder.is_owner, placeholder._is_param
     requires_grad = placeholder.requires_grad and (value.is_floating_point() or value.is_complex())
@@ -344,6 +358,15 @@ def become(placeholder: Placeholder, value: torch.Tensor) -> None:
         placeholder._backward_hooks = hooks
     if after:
         placeholder._post_accumulate_grad_hooks = after
+
+
+def become_resident(placeholder: Placeholder) -> None:
+    """As ``become``, with the weight's own values: what was made of it shares their memory, as it did."""
+    home = placeholder.home
+    become(placeholder, placeholder.fetch().detach().clone())
+    for alias in home.aliases():
+        if type(alias) is Placeholder:
+            become(alias, placeholder)
 
 
 _OURS = frozenset({"home", "_is_param", "_for_state", "_exposed", "_mapped"})

@@ -33,7 +33,7 @@ from odewei.looked_up import LookUps
 from odewei.matching import move_to
 from odewei.module_binding import IdleParameters, idle_of
 from odewei.options import Options
-from odewei.placeholder import Home, Placeholder, become
+from odewei.placeholder import Home, Placeholder, become_resident
 from odewei.report import Report
 from odewei.saved_state import SavedState
 from odewei.scheduler.budget import Reservation, format_nbytes
@@ -290,7 +290,7 @@ class Runtime:
         for module in modules.values():
             for value in list(idle_of(module.__dict__["_parameters"]).values()):
                 if type(value) is Placeholder and value.home.stream is stream:
-                    become(value, value.fetch().detach().clone())
+                    become_resident(value)
         for module in modules.values():
             self._take_off(module)
             own = module.__dict__

@@ -140,3 +140,20 @@ def test_a_file_that_was_replaced(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-4])
         with pytest.raises(odewei.OdeweiError, match="changed"):
             streamed.state_dict()["lm_head.weight"].sum()
+
+
+def test_it_is_the_memory_of_a_model_that_became_ordinary(tmp_path: Path) -> None:
+    """What was taken before shows what is written afterwards, as for any model; and ties stay ties."""
+    build, model, path = both(tmp_path, "gpt2 (tied)")
+    with models.streamed(build, path) as streamed:
+        state, detached = streamed.state_dict(), next(streamed.parameters()).detach()
+        odewei.materialize(streamed)
+        assert not any(type(tensor) is not torch.Tensor for tensor in (*state.values(), detached))
+        assert len({tensor.data_ptr() for tensor in state.values()}) == len(
+            {tensor.data_ptr() for tensor in model.state_dict().values()}
+        )
+        for one in (model, streamed):
+            for parameter in one.parameters():
+                parameter.detach().numpy()[...] *= 2
+        assert_same(state, model.state_dict())
+        assert torch.equal(detached, next(model.parameters()))

@@ -91,12 +91,19 @@ def _edit(draw: Draw) -> Arguments:
     return {"way": draw.one(ways), "name": draw.parameter(), "via": draw.via(), "seed": draw.seed()}
 
 
+def _is_refused(side: Side, way: str, name: str) -> bool:
+    """Recurrent modules have weak references to their weights, of which torch swaps none; and torch reads beyond the
+    memory of weights that are too small for them.
+    """
+    return way in ("swap_tensors", "data smaller") and isinstance(side.module(name.rpartition(".")[0]), nn.RNNBase)
+
+
 @action(_edit, often=8, holds=True)
 def edit(side: Side, way: str, name: str, via: str, seed: int) -> object:
     """One weight, found in one way, changed in one way; what it is at once afterwards."""
     parameter = side.parameter(name, via)
-    if way == "swap_tensors" and isinstance(side.module(name.rpartition(".")[0]), nn.RNNBase):
-        raise Inapplicable("recurrent modules have weak references to their weights, of which torch swaps none")
+    if _is_refused(side, way, name):
+        raise Inapplicable("not of a recurrent module")
     WAYS[way](parameter, seed)
     return parameter.detach().clone(), side.parameter(name, "attribute").detach().clone()
 
@@ -110,8 +117,8 @@ def edit_many(side: Side, way: str, pattern: str, seed: int) -> object:
     touched = []
     for number, (name, parameter) in enumerate(side.model.named_parameters()):
         if pattern in name:
-            if way == "swap_tensors" and isinstance(side.module(name.rpartition(".")[0]), nn.RNNBase):
-                continue  # see above
+            if _is_refused(side, way, name):
+                continue
             WAYS[way](parameter, seed + number)
             touched.append(name)
     return touched

@@ -6,6 +6,7 @@ import faulthandler
 import functools
 import gc
 import itertools
+import mmap
 import random
 import shutil
 import sys
@@ -280,10 +281,11 @@ def _modes() -> tuple[object, ...]:
 
 
 def _largest_block(model: nn.Module) -> int:
-    """Bytes of the largest thing that may be one unit."""
+    """Bytes, in whole pages as it takes them, of the largest thing that may be one unit."""
     blocks = [one for each in model.modules() if isinstance(each, nn.ModuleList) for one in each]
     alone = [sum(one.nbytes for one in each.parameters(recurse=False)) for each in model.modules()]
-    return max(alone + [sum(one.nbytes for one in block.parameters()) for block in blocks])
+    most = max(alone + [sum(one.nbytes for one in block.parameters()) for block in blocks])
+    return -(-most // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _is_refusal(found: Seen | Inapplicable) -> bool:
