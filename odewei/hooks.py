@@ -162,6 +162,18 @@ class _ExpertHooks:
             self._experts.leave()
 
 
+class _Everybodys(OrderedDict[int, bool]):
+    """Which hooks of a module are always called: one dictionary for all modules without hooks of others."""
+
+
+class _Own(OrderedDict[int, bool]):
+    """That of one module, which had everybody's ``before``: the handles of hooks that somebody has put on the module
+    since refer to that one weakly, and cannot be copied any more when it is gone.
+    """
+
+    before: OrderedDict[int, bool]
+
+
 class Hooks:
     """Puts the hooks of one model on its modules, of which there may be 100,000.
 
@@ -173,7 +185,7 @@ class Hooks:
     def __init__(self, driver: Driver, stream: WeightStream) -> None:
         self._driver, self._stream = driver, stream
         self._keys: dict[type[_Pair], int] = {kind: _new_key() for kind in _ALL}
-        self._always: OrderedDict[int, bool] = OrderedDict.fromkeys(self._keys.values(), True)
+        self._always = _Everybodys.fromkeys(self._keys.values(), True)
         one, several = _UnitHooks(driver, stream), _SeveralHooks(driver, stream)
         self._one, self._several = (one.before, one.after), (several.before, several.after)
 
@@ -203,11 +215,11 @@ class Hooks:
         first[key] = before
         if len(first) > 1:
             first.move_to_end(key, last=False)
-        module._forward_hooks[key] = after
-        if not own:
+        if not own and not module._forward_hooks and len(first) == 1:
             module.__dict__["_forward_hooks_always_called"] = self._always
         elif own is not self._always:
             own[key] = True
+        module._forward_hooks[key] = after
 
 
 def _new_key() -> int:
@@ -221,12 +233,18 @@ def unhook(module: nn.Module) -> None:
     """Take the hooks out. They are found by what they are."""
     module.__dict__.pop(_UNITS, None)
     module.__dict__.pop(_PASS, None)
+    always = module._forward_hooks_always_called
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(getattr(hook, "__self__", None), _ALL):
                 del hooks[key]
-    left = ((key, True) for key in module._forward_hooks_always_called if key in module._forward_hooks)
-    module.__dict__["_forward_hooks_always_called"] = OrderedDict(left)  # the other one may be everybody's
+                if type(always) is not _Everybodys:
+                    always.pop(key, None)
+    if type(always) is _Everybodys:
+        own = _Own((key, True) for key in module._forward_hooks if key in always)
+        if module._forward_hooks or module._forward_pre_hooks:
+            own.before = always
+        module.__dict__["_forward_hooks_always_called"] = own
 
 
 _ALL = (_UnitHooks, _SeveralHooks, _ExpertHooks, _PassHooks)

@@ -79,6 +79,32 @@ def test_what_the_user_changed_is_copied(tmp_path: Path) -> None:
         odewei.close(made)
 
 
+def test_handles_of_hooks_are_copied(tmp_path: Path) -> None:
+    """A module that keeps the handle of a hook, as transformers does for gradient checkpointing: copies of copies."""
+    build = models.CASES["llama"].build
+    path = models.save(models.resident(build), tmp_path / "model.safetensors")
+    called: list[nn.Module] = []
+    with models.streamed(build, path) as streamed:
+        for module in streamed.modules():
+            module.kept_handle = module.register_forward_hook(lambda module, args, output: called.append(module))
+        made: list[nn.Module] = [streamed]
+        for _ in range(3):
+            made.append(copy.deepcopy(made[-1]))
+        odewei.materialize(made[2])
+        made.append(copy.deepcopy(made[2]))
+        for one in made:
+            called.clear()
+            models.outputs(one, models.CASES["llama"].inputs(0))
+            assert {id(module) for module in called} <= {id(module) for module in one.modules()}
+            count = len(called)
+            for module in one.modules():
+                module.kept_handle.remove()
+            models.outputs(one, models.CASES["llama"].inputs(0))
+            assert len(called) == count > 10
+        odewei.close(made[1])
+        odewei.close(made[3])
+
+
 def test_a_model_inside_another_object(tmp_path: Path) -> None:
     """A pipeline of two streamed models under one budget is copied with both, and they share the budget."""
     build = models.CASES["bert"].build
