@@ -14,24 +14,29 @@ next use is nearer.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from odewei.collector import without_collector
+from odewei.on_demand import on_demand
+
+if TYPE_CHECKING:
+    from odewei.pretrained import from_pretrained, stream_pipeline
+    from odewei.profiling import Timeline, profile
+    from odewei.tools.verify import verify
 
 with without_collector():  # it would look at all that torch has just made, for longer than this import takes
     from odewei.edit import edit
     from odewei.errors import OdeweiError
     from odewei.loaders import open_checkpoint
     from odewei.memory_budget import MemoryBudget
-    from odewei.pretrained import from_pretrained, stream_pipeline
-    from odewei.profiling import Timeline, profile
     from odewei.report import Report
     from odewei.runtime import runtime_of, runtimes_in
     from odewei.throughput import generate_many
     from odewei.throughput import map as map  # not in __all__: a star import keeps Python's own
     from odewei.torch import init_on_demand_weights_model
     from odewei.trace import Trace, load_trace, save_trace, trace
-    from odewei.verify import verify
 
 __all__ = [
     "MemoryBudget",
@@ -56,6 +61,22 @@ __all__ = [
 ]
 
 __version__ = "0.2.0.dev0"
+
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "Timeline": "odewei.profiling",
+        "from_pretrained": "odewei.pretrained",
+        "profile": "odewei.profiling",
+        "stream_pipeline": "odewei.pretrained",
+        "verify": "odewei.tools.verify",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def report(model: nn.Module) -> Report:

@@ -55,7 +55,7 @@ class _UnitHooks:
     @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
         unit = module.__dict__.get(_UNITS)
-        if unit is None or not unit.is_needed():
+        if unit is None or not (unit.needed or unit.is_needed()):
             return
         self._driver.enter(unit.id, sys._getframe(1))  # the module's call, which ends with its forward
         unit.enter()
@@ -66,7 +66,7 @@ class _UnitHooks:
     @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         unit = module.__dict__.get(_UNITS)
-        if unit is None or not unit.is_needed():
+        if unit is None or not (unit.needed or unit.is_needed()):
             return
         if unit.saves:
             self._stream.saved.end(unit)

@@ -165,9 +165,13 @@ def _kind_wanted() -> str:
 
     Autocast keeps its casts of whatever is a leaf and may be trained, a second model, until it ends: it gets no leaves.
     """
-    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
-        return _IN_GRAPH if torch._C._get_tracing_state() is None else _TRACED
-    return _PLAIN if torch._C._get_tracing_state() is None else _TRACED
+    if _is_traced() is not None:
+        return _TRACED
+    return _IN_GRAPH if _is_grad_enabled() or _is_autocast_enabled() else _PLAIN
+
+
+_is_traced, _is_autocast_enabled = torch._C._get_tracing_state, torch._C._is_any_autocast_enabled
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def real_of(placeholder: Placeholder) -> torch.Tensor:
@@ -205,10 +209,10 @@ class UnitBinding:
         "_inside",
         "_kind",
         "_modules",
-        "_needed",
         "_recurrent",
         "_trains",
         "id",
+        "needed",
         "saves",
         "unit",
     )
@@ -222,20 +226,20 @@ class UnitBinding:
         self._bound: list[_Bound] | None = None
         self._kind = _PLAIN  # of what is bound
         self._recurrent = any(isinstance(module(), nn.RNNBase) for module in modules)
-        self._needed: bool | None = None  # whether there is anything to bind; None: not looked at
+        self.needed: bool | None = None  # as is_needed; None: not looked at
         self.saves = False  # a thread has computed with gradients inside
         self._trains = False  # some of what is bound leads gradients to parameters
         self._inside = 0
 
     def is_needed(self) -> bool:
         """Whether any of its modules still has a weight of the unit: the user may have put others in all places."""
-        if self._needed is None:
-            self._needed = any(True for _ in self._binder.parameters(self.unit))
-        return self._needed
+        if self.needed is None:
+            self.needed = any(True for _ in self._binder.parameters(self.unit))
+        return self.needed
 
     def look_again(self) -> None:
         """Something of the unit has come or gone."""
-        self._needed = None
+        self.needed = None
 
     def enter(self) -> None:
         """This thread is inside, and the unit is resident and leased."""
@@ -249,18 +253,21 @@ class UnitBinding:
     def bind(self) -> None:
         """The second half of ``enter``."""
         bound, kind = self._bound, _kind_wanted()
-        if bound is None or not self._serves(kind):
+        if bound is None or (not (kind is self._kind is _PLAIN) and not self._serves(kind)):
             bound = self._make(kind)
         for reference, idle, parameters in bound:  # the only work of a hit that grows with the modules of a unit
             module = reference()
-            if module is not None and module.__dict__["_parameters"] is idle:
+            if module is None:
+                continue
+            own = module.__dict__
+            if own["_parameters"] is idle:
                 if idle.changes != parameters.changes:  # somebody has put other parameters there since
                     inside = self._inside
                     self.clear()
                     self._inside = inside
                     self.bind()
                     return
-                module.__dict__["_parameters"] = parameters
+                own["_parameters"] = parameters
         if self._recurrent:
             self._follow()
 
@@ -304,9 +311,10 @@ class UnitBinding:
         for reference, idle, parameters in bound:
             module = reference()
             if module is not None:
-                there = module.__dict__["_parameters"]
+                own = module.__dict__
+                there = own["_parameters"]
                 if there is parameters or (there is not idle and idle_of(there) is idle):
-                    module.__dict__["_parameters"] = idle
+                    own["_parameters"] = idle
 
     def _follow(self) -> None:
         """Have recurrent modules have the second list of what their dictionaries have."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,14 +14,11 @@ from odewei.hf import known_to_transformers
 from odewei.loaders import (
     Concat,
     GatheringLoader,
-    GgufLoader,
-    NumpyLoader,
     RemoteOptions,
     SafetensorsLoader,
     ShardedWeightsLoader,
     Stack,
     StateDictLoader,
-    TorchLoader,
     WeightsLoader,
     open_checkpoint,
 )
@@ -28,8 +26,12 @@ from odewei.loaders.plain_callable import as_source
 from odewei.loaders.sums import Verify
 from odewei.memory_budget import MemoryBudget
 from odewei.meta_model import built_without_weights, not_of_a_build
+from odewei.on_demand import on_demand
 from odewei.options import Granularity, Options
 from odewei.runtime import Runtime
+
+if TYPE_CHECKING:
+    from odewei.loaders import GgufLoader, NumpyLoader, TorchLoader
 
 __all__ = [
     "Concat",
@@ -46,6 +48,8 @@ __all__ = [
     "init_on_demand_weights_model",
     "open_checkpoint",
 ]
+
+__getattr__ = on_demand(__name__, dict.fromkeys(("GgufLoader", "NumpyLoader", "TorchLoader"), "odewei.loaders"))
 
 WeightsSource = (
     WeightsLoader

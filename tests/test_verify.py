@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import odewei
 from odewei import cli
 from odewei.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, OptionsError
-from odewei.verify import VerifyReport, write_sums
+from odewei.tools.verify import VerifyReport, write_sums
 from tests.files import save_without_checksums
 
 SHARDS = ("model-1.safetensors", "model-2.safetensors")

@@ -32,7 +32,7 @@ def command(context: click.Context, path: Path, sums: Path | None, no_sums: bool
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from odewei.verify import verify, write_sums
+    from odewei.tools.verify import verify, write_sums
 
     if sum((sums is not None, no_sums, writes)) > 1:
         raise click.UsageError("--sums, --no-sums and --write-sums exclude each other")

@@ -8,11 +8,10 @@ Nothing in a checkpoint is trusted: headers, indexes and archives are checked be
 their word, and pickles may build tensors only.
 """
 
+from typing import TYPE_CHECKING
+
 from odewei.loaders.base import CheckpointFile, Span, WeightInfo, WeightPart, WeightsLoader
-from odewei.loaders.distributed import DistributedLoader
 from odewei.loaders.gathering import Concat, GatheringLoader, Recipe, Stack
-from odewei.loaders.gguf_file import GgufLoader
-from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.open_checkpoint import open_checkpoint
 from odewei.loaders.plain_callable import CallableLoader, as_source
 from odewei.loaders.remote_path import RemoteOptions
@@ -21,7 +20,13 @@ from odewei.loaders.shard_set import ShardSetLoader
 from odewei.loaders.sharded import ShardedWeightsLoader
 from odewei.loaders.state_dict import StateDictLoader
 from odewei.loaders.tensors import is_castable, read_tensor, view_as_weight
-from odewei.loaders.torch_file import TorchLoader
+from odewei.on_demand import on_demand
+
+if TYPE_CHECKING:
+    from odewei.loaders.distributed import DistributedLoader
+    from odewei.loaders.gguf_file import GgufLoader
+    from odewei.loaders.numpy_file import NumpyLoader
+    from odewei.loaders.torch_file import TorchLoader
 
 __all__ = [
     "CallableLoader",
@@ -49,3 +54,13 @@ __all__ = [
     "read_tensor",
     "view_as_weight",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "DistributedLoader": "odewei.loaders.distributed",
+        "GgufLoader": "odewei.loaders.gguf_file",
+        "NumpyLoader": "odewei.loaders.numpy_file",
+        "TorchLoader": "odewei.loaders.torch_file",
+    },
+)

@@ -11,7 +11,6 @@ import torch
 
 from odewei.errors import CheckpointError, CheckpointNotFoundError
 from odewei.loaders.base import CheckpointFile, WeightsLoader
-from odewei.loaders.distributed import DistributedLoader
 from odewei.loaders.file_kind import look_at
 from odewei.loaders.folders import (
     INDEX_SUFFIX,
@@ -23,7 +22,6 @@ from odewei.loaders.folders import (
     nothing_there,
 )
 from odewei.loaders.names import Rename
-from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.remote_file import list_folder
 from odewei.loaders.remote_path import RemoteOptions, RemotePath, as_place
 from odewei.loaders.shard_names import ShardSet
@@ -63,10 +61,14 @@ def open_checkpoint(
     if isinstance(place, Path):
         start = choose(place)
         if start.kind == "distributed":
+            from odewei.loaders.distributed import DistributedLoader  # few processes need it
+
             return DistributedLoader(start.path, **options)
         if start.kind == "shards":
             return ShardSetLoader(start.paths, **options)
         if start.kind == "arrays":
+            from odewei.loaders.numpy_file import NumpyLoader  # few processes need it
+
             return NumpyLoader(start.path, **options)
         if start.kind == "index":
             return ShardedWeightsLoader(start.path, start.path.parent, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import torch
@@ -10,36 +11,34 @@ from odewei.errors import CheckpointError
 from odewei.loaders.base import CheckpointFile
 from odewei.loaders.file_kind import FileKind, look_at, unfinished
 from odewei.loaders.file_loader import FileLoader
-from odewei.loaders.gguf_file import GgufLoader
 from odewei.loaders.names import Rename
-from odewei.loaders.numpy_file import NumpyLoader
 from odewei.loaders.remote_path import AnyPath
-from odewei.loaders.safetensors_file import SafetensorsLoader
 from odewei.loaders.sums import Verify
 from odewei.loaders.told import tell_once
-from odewei.loaders.torch_file import TorchLoader
 
 __all__ = ["NUMPY_SUFFIXES", "TORCH_SUFFIXES", "is_weights_file", "loader_for", "open_weights_file"]
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 NUMPY_SUFFIXES = (".npz", ".npy")
-_BY_KIND: dict[str, type[FileLoader]] = {
-    "safetensors": SafetensorsLoader,
-    "torch": TorchLoader,
-    "numpy": NumpyLoader,
-    "gguf": GgufLoader,
+_LOADERS = {
+    "safetensors": "odewei.loaders.safetensors_file:SafetensorsLoader",
+    "torch": "odewei.loaders.torch_file:TorchLoader",
+    "numpy": "odewei.loaders.numpy_file:NumpyLoader",
+    "gguf": "odewei.loaders.gguf_file:GgufLoader",
 }
-_BY_SUFFIX: dict[str, type[FileLoader]] = {
-    ".safetensors": SafetensorsLoader,
-    **dict.fromkeys(TORCH_SUFFIXES, TorchLoader),
-    **dict.fromkeys(NUMPY_SUFFIXES, NumpyLoader),
-    ".gguf": GgufLoader,
+"""What reads each kind of file. Imported with the first file of its kind: few processes need more than one."""
+
+_KINDS = {
+    ".safetensors": "safetensors",
+    **dict.fromkeys(TORCH_SUFFIXES, "torch"),
+    **dict.fromkeys(NUMPY_SUFFIXES, "numpy"),
+    ".gguf": "gguf",
 }
 
 
 def is_weights_file(path: AnyPath) -> bool:
     """Whether ``open_weights_file`` reads a file for its name alone."""
-    return path.suffix.lower() in _BY_SUFFIX
+    return path.suffix.lower() in _KINDS
 
 
 def open_weights_file(
@@ -62,24 +61,29 @@ def open_weights_file(
 def loader_for(path: AnyPath, kind: FileKind | None = None) -> type[FileLoader]:
     """The class of loader that reads the file; ``kind`` is what it is, if that was looked at already."""
     file = CheckpointFile.stat(path)
-    by_name = _BY_SUFFIX.get(path.suffix.lower())
+    by_name = _KINDS.get(path.suffix.lower())
     if isinstance(path, Path):
         _check_finished(path)
         kind = kind or look_at(file)
     if kind is not None and (file.size or by_name is not None):
         if kind.reader is None or kind.reader == "index":
             raise kind.error(file)
-        found = _BY_KIND[kind.reader]
-        if found is not by_name:
+        if kind.reader != by_name:
             tell_once(f"{str(path)!r} is {kind.what}, whatever its name says: it is read as one")
-        return found
+        return _imported(kind.reader)
     if by_name is None:
         raise CheckpointError(
             f"files that end in {path.suffix.lower()!r} are not read",
             file=str(path),
-            cure=f"Use {', '.join(_BY_SUFFIX)}, or an index that ends in .index.json",
+            cure=f"Use {', '.join(_KINDS)}, or an index that ends in .index.json",
         )
-    return by_name
+    return _imported(by_name)
+
+
+def _imported(kind: str) -> type[FileLoader]:
+    module, _, name = _LOADERS[kind].partition(":")
+    found: type[FileLoader] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _check_finished(path: Path) -> None:

@@ -28,7 +28,7 @@ from odewei.loaders.sums import SUMS_NAME, KnownSum, find_sum, format_sum, hash_
 from odewei.loaders.torch_file import TorchLoader
 from odewei.loaders.weights_file import open_weights_file
 from odewei.loaders.zip_members import check_sums
-from odewei.verify_report import FileReport, VerifyReport
+from odewei.tools.verify_report import FileReport, VerifyReport
 
 __all__ = ["FileReport", "OnProgress", "Sums", "VerifyReport", "verify", "write_sums"]
 
