@@ -12,7 +12,7 @@ FILES = sorted(Path(odewei.loaders.__file__).parent.glob("*.py"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_loaders_know_nothing_of_modules_and_streams(path: Path) -> None:
-    """A loader imports no torch.nn, no asyncio, no threads' pools, and of odewei only errors, loaders and what imports them."""
+    """A loader imports no torch.nn, no asyncio, no threads' pools, and of odewei little but loaders."""
     imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
