@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from .action import Arguments, Draw, action
@@ -116,7 +117,12 @@ PARAMETRIZATIONS: dict[str, Any] = {
     lambda draw: {"name": draw.module(nn.Linear, nn.Conv2d), "kind": draw.one(PARAMETRIZATIONS)}, often=1.5, holds=True
 )
 def add_parametrization(side: Side, name: str, kind: str) -> object:
-    PARAMETRIZATIONS[kind](_owner(side, name))
+    module = _owner(side, name)
+    if kind == "old weight_norm" and isinstance(module, NonDynamicallyQuantizableLinear):
+        # It computes before the forward of its module, which attention never calls: gradients go back through the old
+        # graph then, and for a parameter that got other .data since, torch computes with that if nothing hooks it.
+        raise Inapplicable("the norm would be computed once only")
+    PARAMETRIZATIONS[kind](module)
 
 
 @action(
