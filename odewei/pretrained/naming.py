@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from odewei.loaders.base import WeightInfo
+from odewei.loaders.known_weights import KnownWeights, again
 
 __all__ = ["Group", "Taken", "grouped"]
 
@@ -52,7 +53,8 @@ def grouped(
     names that it would have in the model.
 
     ``expected`` is the state dictionary of the model without weights, ``transforms`` are transformers' for it;
-    ``cast(target, info, conversion)`` says which dtype a weight is cast to.
+    ``cast(target, info, conversion)`` says which dtype a weight is cast to. Raises the CheckpointError of a weight
+    that the model needs and nobody can read.
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -61,10 +63,15 @@ def grouped(
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     groups: dict[str, Group] = {}
     left: dict[str, WeightInfo] = {}
-    for name in sorted(found, key=dot_natural_key):
+    refused = found.refused if isinstance(found, KnownWeights) else {}
+    for name in sorted({*found, *refused}, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, base_prefix, expected)
         if target not in expected and name in expected:
             target, pattern = rename_source_key(name, [], [], base_prefix, expected)
+        if name in refused:
+            if target in expected:
+                raise again(refused[name])  # it is not missing, so nothing may be put in its place
+            continue
         if target not in expected:
             left[target] = found[name]
             continue

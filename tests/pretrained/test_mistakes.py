@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import odewei
 from odewei.errors import (
@@ -24,7 +25,7 @@ from odewei.errors import (
 )
 from odewei.pretrained.options import StreamOptions
 from odewei.torch import init_on_demand_weights_model
-from tests.models import llama
+from tests.models import gpt2, llama
 from tests.pretrained.checkpoints import saved
 
 transformers = pytest.importorskip("transformers")
@@ -192,3 +193,20 @@ def test_sums_are_checked_where_they_are_asked_for(tmp_path: Path) -> None:
     (folder / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
     refused(CheckpointError, "sha256|SHA-256", folder, verify="sha256")
     odewei.close(odewei.from_pretrained(folder, model_class=type(model)))
+
+
+def test_a_weight_that_nobody_can_read_is_not_missing(tmp_path: Path) -> None:
+    """Whatever the file calls it, it is an error; nothing is initialised in its place."""
+    from safetensors.torch import load_file
+
+    saved(gpt2, tmp_path)
+    weights = {
+        name.removeprefix("transformer."): value for name, value in load_file(tmp_path / "model.safetensors").items()
+    }
+    assert "h.0.mlp.c_fc.weight" in weights
+    (tmp_path / "model.safetensors").unlink()
+    weights["h.0.mlp.c_fc.weight"] = weights["h.0.mlp.c_fc.weight"].to_sparse()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    for on_missing in ("error", "init"):
+        with pytest.raises(CheckpointError, match=r"sparse.*h\.0\.mlp\.c_fc\.weight"):
+            odewei.from_pretrained(tmp_path, on_missing=on_missing)
