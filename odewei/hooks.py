@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from odewei.binding import WeightStream
 from odewei.convoy import pass_begins, pass_ends
-from odewei.copies import leave_out, refuse_copy
+from odewei.copies import Inert, leave_out, refuse_copy
 from odewei.module_binding import UnitBinding, UnitBindings
 from odewei.scheduler.drivers import Driver
 from odewei.scheduler.records import Account
@@ -191,6 +191,8 @@ class Hooks:
 
     def unit(self, module: nn.Module, units: Sequence[UnitBinding]) -> None:
         """Have ``module`` lease ``units`` while its forward runs."""
+        if module._forward_pre_hooks:
+            _take_out(module, Inert)  # a part that was copied from a streamed model has kept them
         if len(units) == 1:
             module.__dict__[_UNITS] = units[0]
             self._put(module, self._keys[_UnitHooks], *self._one)
@@ -233,10 +235,15 @@ def unhook(module: nn.Module) -> None:
     """Take the hooks out. They are found by what they are."""
     module.__dict__.pop(_UNITS, None)
     module.__dict__.pop(_PASS, None)
+    _take_out(module, _ALL)
+
+
+def _take_out(module: nn.Module, kinds: type | tuple[type, ...]) -> None:
+    """Take the hooks of these kinds out."""
     always = module._forward_hooks_always_called
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), _ALL):
+            if isinstance(getattr(hook, "__self__", None), kinds):
                 del hooks[key]
                 if type(always) is not _Everybodys:
                     always.pop(key, None)
@@ -247,4 +254,4 @@ def unhook(module: nn.Module) -> None:
         module.__dict__["_forward_hooks_always_called"] = own
 
 
-_ALL = (_UnitHooks, _SeveralHooks, _ExpertHooks, _PassHooks)
+_ALL = (_UnitHooks, _SeveralHooks, _ExpertHooks, _PassHooks, Inert)

@@ -182,3 +182,33 @@ def test_parts_and_pickles_are_refused(tmp_path: Path) -> None:
         assert not runtimes_in(made)
         check(model, made, "llama")
         check(model, copy.deepcopy(pickle.loads(pickle.dumps(streamed))), "llama")
+
+
+def test_a_copied_part_streams_again(tmp_path: Path) -> None:
+    """A layer that was copied out of a streamed model gets streamed weights, in a copy of the whole model and in a
+    model that is built of it: what the layer has kept of its first life does nothing.
+    """
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(3)))
+
+    model = models.resident(build)
+    path = models.save(model, tmp_path / "model.safetensors")
+    given = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    with models.streamed(build, path, memory_budget=1200, granularity="leaf") as streamed, torch.no_grad():
+        for one in (model, streamed):
+            one[0] = copy.deepcopy(one[1])
+            one[0][1].weight = one[2][1].bias
+        made = copy.deepcopy(streamed)
+        expected = model(given)
+        for one in (streamed, made):
+            assert torch.equal(one(given), expected)
+        odewei.close(made)
+
+        def again() -> nn.Module:
+            return nn.Sequential(nn.Sequential(copy.deepcopy(streamed[1][0]), nn.LayerNorm(8)))
+
+        weights = {f"0.{name}": value for name, value in models.resident(build)[0].state_dict().items()}
+        with models.streamed(again, weights, granularity="leaf") as second:
+            expected = models.resident(build)[0](given)
+            assert torch.equal(second(given), expected)
