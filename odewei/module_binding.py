@@ -14,10 +14,11 @@ has neither module nor parameter any more has let the stream go.
 
 from __future__ import annotations
 
+import collections
 import copy
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -337,25 +338,21 @@ class UnitBinding:
             items = dict(idle.items())
             streamed = [value for value in items.values() if type(value) is Placeholder and value.home.part is None]
             for value in streamed:
-                if id(value) not in reals and (real := self._real(value)) is not None:
-                    reals[id(value)] = real
-                    if kind is _TRACED:
-                        reals[id(value)] = constant(real)
-                    elif kind is _IN_GRAPH and value.requires_grad:
+                real = reals.get(id(value))
+                if real is None:
+                    real = self._real(value)
+                if real is not None:
+                    reals[id(value)] = constant(real) if kind is _TRACED else real
+                    if kind is _IN_GRAPH and value.requires_grad:
                         trained.append(value)
             if all(id(value) in reals for value in streamed):
                 found.append((reference, idle, items, changes))
+        bound = [BoundParameters(_with(reals, items), idle, changes) for _, idle, items, changes in found]
         if trained:
-            made = in_graph(trained, [reals[id(value)] for value in trained])
-            reals.update(zip(map(id, trained), made, strict=True))
+            _lead_gradients(trained, reals, bound)
         self._kind, self._trains = kind, bool(trained)
         self._bound = [
-            (
-                reference,
-                idle,
-                BoundParameters({name: reals.get(id(value), value) for name, value in items.items()}, idle, changes),
-            )
-            for reference, idle, items, changes in found
+            (reference, idle, parameters) for (reference, idle, _, _), parameters in zip(found, bound, strict=True)
         ]
         return self._bound
 
@@ -381,6 +378,29 @@ class UnitBinding:
 
     def __repr__(self) -> str:
         return f"<UnitBinding of unit {self.unit}: {len(self._modules)} modules, {self._inside} inside>"
+
+
+def _with(reals: Mapping[int, torch.Tensor], items: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module has, with real tensors by the numbers of the parameters that they stand for."""
+    return {name: reals.get(id(value), value) for name, value in items.items()}
+
+
+def _lead_gradients(
+    trained: Sequence[Placeholder], reals: Mapping[int, torch.Tensor], bound: Iterable[BoundParameters]
+) -> None:
+    """Put what leads gradients to ``trained`` (as often as modules have one) in the places of their real tensors.
+
+    One way for all weights of the unit; but each module that shares a weight with another gets one of its own: their
+    contributions are added in the order in which they come up, among those of other calls, and not as one sum.
+    """
+    uses = collections.Counter(map(id, trained))
+    once = [value for value in trained if uses[id(value)] == 1]
+    made = dict(zip(map(id, once), in_graph(once, [reals[id(value)] for value in once]), strict=True)) if once else {}
+    for parameters in bound:
+        for name, value in parameters.idle.items():
+            if id(value) in uses:
+                way = made[id(value)] if id(value) in made else in_graph([value], [reals[id(value)]])[0]
+                dict.__setitem__(parameters, name, way)
 
 
 def follow(module: nn.Module, parameters: dict[str, Any]) -> None:

@@ -185,3 +185,41 @@ def test_deleting_a_parameter(here: bool, pair: tuple[nn.Module, nn.Module]) -> 
     check(model, streamed)
     drive_out(streamed, 2)
     check(model, streamed)
+
+
+@pytest.mark.parametrize("depth", [0, "auto"])
+def test_one_weight_in_several_places_of_a_layer_that_is_called_again(depth: int | str, tmp_path: Path) -> None:
+    """Gradients of all uses are added in the order in which backward comes to them, whatever is read together."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+            self.parts[2].weight = self.parts[0].weight
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.parts(hidden)
+            return found
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            for _ in range(3):
+                for layer in self.layers:
+                    hidden = torch.tanh(layer(hidden))
+            return hidden
+
+    model = models.resident(Layers)
+    path = models.save(model, tmp_path / "model.safetensors")
+    with models.streamed(Layers, path, memory_budget=16384, granularity="block", prefetch_depth=depth) as streamed:
+        assert {len(unit.weights) for unit in runtime_of(streamed).units} == {5}, "a layer is read together"
+        for seed in range(5):
+            given = torch.randn(5, 16, generator=torch.Generator().manual_seed(seed))
+            for one in (model, streamed):
+                one.zero_grad()
+                one(given).square().sum().backward()
+            for (name, expected), found in zip(model.named_parameters(), streamed.parameters(), strict=True):
+                assert models.same_bits([found.grad], [expected.grad]), name
