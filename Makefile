@@ -49,11 +49,12 @@ help:
 demo: $(INSTALLED)
 	@$(BIN)/odewei demo $(DEMO_ARGS)
 
-# Two processes: tests/sim makes its simulated device the accelerator of the process it is in. When TEST_ARGS choose
-# tests, one of the two may be left without any (pytest's 5).
+# Twice: tests/sim makes its simulated device the accelerator of the process it is in. When TEST_ARGS choose tests, one
+# of the two may be left without any (pytest's 5). One process a core; TEST_ARGS="-n0" for one, and for a debugger.
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TEST_ARGS) $(NONE_IS_FINE)
-	$(BIN)/python -m pytest -o testpaths=tests/sim $(TEST_ARGS) $(NONE_IS_FINE)
+	$(BIN)/python -m pytest $(PARALLEL) $(TEST_ARGS) $(NONE_IS_FINE)
+	$(BIN)/python -m pytest $(PARALLEL) -o testpaths=tests/sim $(TEST_ARGS) $(NONE_IS_FINE)
 
 # Ends with 1 if anything but "right" or a clean error came of a fault, or one was never reached: docs/faults.md
 soak: $(INSTALLED)
@@ -61,7 +62,7 @@ soak: $(INSTALLED)
 
 # The counts by family come last.
 zoo: $(INSTALLED)
-	$(BIN)/python -m pytest tests/zoo -m "zoo or not zoo" --zoo-summary -q $(TEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) tests/zoo -m "zoo or not zoo" --zoo-summary -q $(TEST_ARGS)
 
 fuzz: $(INSTALLED)
 	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Beside another process that computes, two threads are far slower than one.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and commands print as wide as it says
 # A suite that was started in the background may have been told to ignore Ctrl-C; processes that tests start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
