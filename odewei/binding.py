@@ -256,15 +256,25 @@ class Binder:
             self.retract(unit)
         self._kept.clear()
 
-    def was_written(self, unit: int) -> bool:
-        """Whether somebody has changed a weight of a resident unit in place."""
+    def was_written(self, unit: int, *, is_held: bool = False) -> bool:
+        """Whether somebody has changed a weight of a resident unit in place. ``is_held``: somebody may have a tensor
+        of it, and write later.
+        """
         tensors = self._tensors[unit]
         if tensors is None:
             return False
-        for name in [name for at, name in self._exposed if at == unit]:
-            if _sum(tensors[name]) != self._exposed.pop((unit, name)):
-                self._changed.add((unit, name))
+        for at, name in list(self._exposed):  # a copy, in one step: other threads expose weights meanwhile
+            if at == unit:
+                self._compare_exposed(unit, name, tensors[name])
+                if not is_held:
+                    self._exposed.pop((unit, name), None)
         return any(self._is_written(unit, name, real) for name, real in tensors.items())
+
+    def _compare_exposed(self, unit: int, name: str, real: Real) -> None:
+        """Notice what was written without torch into memory that was handed out, if it was. Any thread."""
+        before = self._exposed.get((unit, name))
+        if before is not None and _sum(real) != before:
+            self._changed.add((unit, name))
 
     def _is_written(self, unit: int, name: str, real: Real) -> bool:
         """Whether a weight is not as in its file."""
@@ -363,8 +373,8 @@ class Binder:
             real = self._kept.get(home.unit, {}).get(home.name)
         if isinstance(home.part, SlicedWeight) and home.part.is_written():
             return self.load(home.unit, home.name)
-        if real is not None and (home.unit, home.name) in self._exposed:
-            self.was_written(home.unit)
+        if real is not None:
+            self._compare_exposed(home.unit, home.name, real)
         written = real is not None and self._is_written(home.unit, home.name, real)
         return self.load(home.unit, home.name) if written else None
 

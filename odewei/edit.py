@@ -97,7 +97,8 @@ class _Session:
     def save_all(self) -> None:
         """Save what was written to, however that was done, and the index."""
         with self._lock:
-            written = {unit for unit in range(len(self._runtime.units)) if self._runtime.binder.was_written(unit)}
+            binder = self._runtime.binder
+            written = {unit for unit in range(len(self._runtime.units)) if binder.was_written(unit, is_held=True)}
             for unit in sorted(written | set(self._written)):
                 self._save(unit)
             index = {"metadata": {}, "weight_map": self._map}

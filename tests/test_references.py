@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -223,3 +225,30 @@ def test_one_weight_in_several_places_of_a_layer_that_is_called_again(depth: int
                 one(given).square().sum().backward()
             for (name, expected), found in zip(model.named_parameters(), streamed.parameters(), strict=True):
                 assert models.same_bits([found.grad], [expected.grad]), name
+
+
+def test_a_write_by_numpy_after_somebody_looked(pair: tuple[nn.Module, nn.Module]) -> None:
+    """Memory that was handed out is looked at when a unit is to leave, and when the model is copied: by several
+    threads, and again as long as somebody has it.
+    """
+    model, streamed = pair
+    given = [one[2][0].weight.detach().numpy() for one in (model, streamed)]
+    binder = runtime_of(streamed).binder
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            looked = [pool.submit(copy.deepcopy, streamed) for _ in range(2)]
+            looked += [pool.submit(binder.was_written, unit) for unit in range(6) if not binder.is_held(unit)]
+            for one in looked:
+                made = one.result()
+                if isinstance(made, nn.Module):
+                    odewei.close(made)
+            exposed = streamed[4][0].bias.detach().numpy()
+            del exposed
+    for array in given:
+        array[:] = 3
+    del array
+    given.clear()
+    check(model, streamed)
+    made = copy.deepcopy(streamed)
+    check(model, made)
+    odewei.close(made)
