@@ -76,8 +76,8 @@ versions:
 		test -e $$env/.installed || { $(PYTHON) -m venv $$env; \
 			$$env/bin/python -m pip --disable-pip-version-check --no-input install --quiet torch==$$version; \
 			$$env/bin/python -m pip --disable-pip-version-check --no-input install --quiet --editable ".[hf,cli]" \
-				pytest pytest-timeout hypothesis peft; touch $$env/.installed; }; \
-		$$env/bin/python -m pytest -q -p no:cacheprovider $(CORE_TESTS) $(TEST_ARGS); \
+				pytest pytest-timeout pytest-xdist hypothesis peft; touch $$env/.installed; }; \
+		$$env/bin/python -m pytest -q $(PARALLEL) -p no:cacheprovider $(CORE_TESTS) $(TEST_ARGS); \
 	done
 
 uses: $(INSTALLED)
