@@ -84,7 +84,7 @@ def test_functional_call_leaves_a_streamed_model(depth: int | str, tmp_path: Pat
         assert after.resident_bytes <= after.budget_bytes
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use of it
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*torch.jit.script:FutureWarning")
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_transforms(depth: int | str, tmp_path: Path) -> None:
     """vmap, grad, jvp and jacobians over a streamed model are those over the resident one."""

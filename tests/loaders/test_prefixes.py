@@ -90,7 +90,10 @@ def test_many_prefixes_take_little() -> None:
     assert find_prefix([f"p{number}.0.weight" for number in range(20_000)], MODEL) is None
 
 
-@given(st.lists(st.text("ab._", min_size=1, max_size=9), max_size=8), st.lists(st.text("ab.", max_size=6), max_size=4))
+@given(
+    st.lists(st.text("ab._", min_size=1, max_size=9), max_size=8),
+    st.lists(st.text("ab.", min_size=1, max_size=6), max_size=4),
+)
 def test_any_names_are_taken(names: list[str], model: list[str]) -> None:
     """No names are an error; what is returned maps names of the checkpoint, no two to one, to all of the model's."""
     found = find_prefix(names, model)
