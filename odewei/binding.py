@@ -20,7 +20,7 @@ from torch import nn
 
 from odewei.copies import Skeleton
 from odewei.looked_up import LookUps
-from odewei.module_binding import IdleParameters, UnitBinding, idle_of
+from odewei.module_binding import Changes, IdleParameters, UnitBinding, idle_of
 from odewei.placeholder import Home, Placeholder, take_over, with_dtype
 from odewei.real import Real
 from odewei.saved_weights import SavedWeights, WeightReference
@@ -145,6 +145,7 @@ class Binder:
         with torch.inference_mode(False), torch.no_grad():
             for index, unit in enumerate(self._units):
                 found: dict[int, nn.Module] = {}
+                changes = Changes()
                 for weight in unit:
                     if weight.module is None:
                         continue  # one expert's part of a weight
@@ -154,7 +155,7 @@ class Binder:
                         found[id(module)] = module
                         own = module.__dict__
                         if type(own["_parameters"]) is not IdleParameters:
-                            own["_parameters"] = IdleParameters(own["_parameters"])
+                            own["_parameters"] = IdleParameters(own["_parameters"], changes)
                         parameter = dict.__getitem__(own["_parameters"], use.local_name)
                     home = Home(stream, index, weight.name, self._parts.get(weight.name))
                     take_over(Placeholder, parameter, home, *infos(weight), device)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from odewei.binding import WeightStream
 from odewei.convoy import pass_begins, pass_ends
 from odewei.copies import Inert, leave_out, refuse_copy
-from odewei.module_binding import UnitBinding, UnitBindings
+from odewei.module_binding import UNITS, UnitBinding, UnitBindings
 from odewei.scheduler.drivers import Driver
 from odewei.scheduler.records import Account
 from odewei.sliced import Experts
@@ -28,8 +28,6 @@ from odewei.uncompiled import uncompiled
 
 __all__ = ["Hooks", "unhook"]
 
-
-_UNITS = "_odewei_units"  # of a module's dictionary: the binding of its unit, or a tuple of several
 
 _PASS = "_odewei_pass"  # of that of the whole model
 
@@ -54,7 +52,7 @@ class _UnitHooks:
 
     @uncompiled
     def before(self, module: nn.Module, args: Any) -> None:
-        unit = module.__dict__.get(_UNITS)
+        unit = module.__dict__.get(UNITS)
         if unit is None or not (unit.needed or unit.is_needed()):
             return
         self._driver.enter(unit.id, sys._getframe(1))  # the module's call, which ends with its forward
@@ -65,7 +63,7 @@ class _UnitHooks:
 
     @uncompiled
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        unit = module.__dict__.get(_UNITS)
+        unit = module.__dict__.get(UNITS)
         if unit is None or not (unit.needed or unit.is_needed()):
             return
         if unit.saves:
@@ -111,7 +109,7 @@ class _SeveralHooks:
 
 
 def _needed(module: nn.Module) -> list[UnitBinding]:
-    return [unit for unit in module.__dict__.get(_UNITS) or () if unit.is_needed()]
+    return [unit for unit in module.__dict__.get(UNITS) or () if unit.is_needed()]
 
 
 class _PassHooks:
@@ -194,10 +192,10 @@ class Hooks:
         if module._forward_pre_hooks:
             _take_out(module, Inert)  # a part that was copied from a streamed model has kept them
         if len(units) == 1:
-            module.__dict__[_UNITS] = units[0]
+            module.__dict__[UNITS] = units[0]
             self._put(module, self._keys[_UnitHooks], *self._one)
         else:
-            module.__dict__[_UNITS] = UnitBindings(units)
+            module.__dict__[UNITS] = UnitBindings(units)
             self._put(module, self._keys[_SeveralHooks], *self._several)
 
     def experts(self, module: nn.Module, experts: Experts) -> None:
@@ -233,7 +231,7 @@ def _new_key() -> int:
 
 def unhook(module: nn.Module) -> None:
     """Take the hooks out. They are found by what they are."""
-    module.__dict__.pop(_UNITS, None)
+    module.__dict__.pop(UNITS, None)
     module.__dict__.pop(_PASS, None)
     _take_out(module, _ALL)
 

@@ -68,7 +68,7 @@ class Driver(ABC):
 
         Raises WeightReadError if it cannot be read, ClosedError after ``close``; then no lease is held.
         """
-        waiter = self.ledger.enter(unit, frame, lingers=lingers)
+        waiter = self.ledger.enter(unit, frame, lingers)  # by position: the guard around it makes a dictionary of names
         if waiter is None:
             self.poke()
             return

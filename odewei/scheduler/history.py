@@ -318,7 +318,8 @@ class History:
         return self._first + len(self._past)
 
     def _append(self, unit: int) -> None:
-        self._reserve(unit)
+        if unit >= len(self._last):
+            self._reserve(unit)
         position, earlier = self._end, self._last[unit]
         self._past.append(unit)
         self._before.append(earlier)

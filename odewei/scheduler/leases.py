@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 from odewei.scheduler.records import Account, UnitRecord
@@ -28,7 +28,6 @@ class Lease:
     account: Account
     unit: UnitRecord | None
     frame: FrameType
-    since: float = field(default_factory=time.perf_counter)
 
     @property
     def what(self) -> int | Account:
@@ -54,6 +53,7 @@ class ThreadLeases:
     def __init__(self) -> None:
         self.thread = threading.current_thread()
         self.leases: list[Lease] = []
+        self.since = 0.0  # when it took the outermost
         self.lingering: UnitRecord | None = None
 
 
@@ -95,8 +95,11 @@ class LeaseBook:
 
         ``lingers``: it has an effect beyond its end, see ThreadLeases.
         """
-        self._return_stale(mine)
+        if mine.leases and mine.leases[-1].is_stale():
+            self._return_stale(mine)
         mine.lingering = unit if lingers or mine.lingering is unit else None
+        if not mine.leases:
+            mine.since = time.perf_counter()
         mine.leases.append(Lease(account, unit, frame))
         if unit is not None:
             unit.leases += 1
@@ -159,7 +162,7 @@ class LeaseBook:
             lease.unit.leases -= 1
         if not mine.leases:
             mine.lingering = None
-            self._on_outside(mine, lease.account, time.perf_counter() - lease.since)
+            self._on_outside(mine, lease.account, time.perf_counter() - mine.since)
         return lease
 
     def _forget(self, ended: ThreadLeases) -> None:

@@ -145,7 +145,7 @@ class Ledger(Books):
         return not mine.leases
 
     @whole
-    def enter(self, unit: int, frame: FrameType, *, lingers: bool = False) -> Waiter | None:
+    def enter(self, unit: int, frame: FrameType, lingers: bool = False) -> Waiter | None:
         """Take a lease. None: the unit is resident. Otherwise whoever drives the ledger sets ``done`` of the waiter."""
         record = self._open_record(unit)
         mine = self._leases.mine()
@@ -400,7 +400,8 @@ class Ledger(Books):
             for unit in tuple(self.tally.ahead) if surprise.jumped else surprise.skipped:
                 if unit in self.tally.ahead:
                     self.tally.not_ahead(self.units[unit])  # it may never be used
-        self.tally.not_ahead(record)
+        if record.ahead:
+            self.tally.not_ahead(record)
 
     def _evict(self, record: UnitRecord) -> None:
         self.tally.move(record, State.ABSENT)

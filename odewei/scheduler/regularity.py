@@ -65,7 +65,8 @@ class Regularity:
 
     def note_access(self, unit: int, step: int) -> None:
         """The unit is used now. An irregular one is judged by its interval: nobody expects it."""
-        self._reserve(unit)
+        if unit >= len(self._blame):
+            self._reserve(unit)
         interval = step - self._last[unit] if self._last[unit] >= 0 else 0
         self._last[unit] = step
         mean = self._interval[unit] or interval

@@ -45,7 +45,8 @@ class Spacing:
 
     def note_access(self, unit: int, nbytes: int) -> None:
         """A unit of ``nbytes`` bytes is used now."""
-        self._reserve(unit)
+        if unit >= len(self._stays):
+            self._reserve(unit)
         if self._accessed_at[unit] >= 0:
             round_bytes = self._accessed - self._accessed_at[unit]
             if self._decided[unit] != round_bytes:
